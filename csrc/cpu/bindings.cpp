@@ -1,0 +1,25 @@
+#include <pybind11/pybind11.h>
+
+#include "cpu/features.hpp"
+
+namespace py = pybind11;
+
+namespace fastlm {
+
+void bind_cpu(py::module_& m) {
+    m.def(
+        "cpu_features",
+        [] {
+            const cpu::Features& f = cpu::features();
+            py::dict d;
+            d["avx2"] = f.avx2;
+            d["avx512"] = f.avx512;
+            d["avx512_vnni"] = f.avx512_vnni;
+            d["avx512_bf16"] = f.avx512_bf16;
+            d["neon"] = f.neon;
+            return d;
+        },
+        "Instruction sets that the kernels may use on this processor.");
+}
+
+}  // namespace fastlm

@@ -1,0 +1,33 @@
+"""Access to the compiled cores. Importing fastlm must work without them, so they load on first use."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+from fastlm.errors import NativeCoreError
+
+
+@cache
+def native() -> ModuleType:
+    """The C++ core. Raises NativeCoreError when it was not built."""
+    try:
+        from fastlm import _native
+    except ImportError as error:
+        raise NativeCoreError(
+            f"fastlm's native core is not available ({error}); reinstall where a C++20 compiler is present: "
+            "pip install --force-reinstall --no-deps fastlm"
+        ) from None
+    return _native
+
+
+@cache
+def cuda() -> ModuleType:
+    """The CUDA core. Raises NativeCoreError when it was not built."""
+    try:
+        from fastlm import _cuda
+    except ImportError as error:
+        raise NativeCoreError(
+            f"fastlm's CUDA core is not available ({error}); install with FASTLM_CUDA=1 where nvcc is present"
+        ) from None
+    return _cuda
