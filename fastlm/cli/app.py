@@ -1,0 +1,60 @@
+"""The typer application: the table of commands, and how errors become one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from fastlm._version import __version__
+from fastlm.cli.output import status_console
+from fastlm.errors import FastlmError
+
+app = typer.Typer(
+    name="fastlm",
+    help="Fused kernels, an exact BPE tokenizer and a thin transformer for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run() -> None:
+    """Runs the command line and exits; errors that fastlm raises on purpose become one line on stderr."""
+    try:
+        app()
+    except FastlmError as error:
+        fail(str(error))
+    except OSError as error:  # a full disk, a missing directory, no permission: the system's own words suffice
+        where = f": {error.filename}" if error.filename else ""
+        fail(f"{error.strerror or error}{where}")
+    except KeyboardInterrupt:
+        status_console.print("[yellow]interrupted[/]")
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    status_console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(1)
