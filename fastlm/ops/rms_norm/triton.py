@@ -51,8 +51,7 @@ def _backward_kernel(
     mask = columns < hidden_size
     weight = tl.load(weight_ptr + columns, mask, 0.0).to(tl.float32) + weight_offset
     grad_weight = tl.zeros((BLOCK,), tl.float32)
-    for row32 in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = row32.to(tl.int64)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         rstd = tl.load(rstd_ptr + row)
         normalized = tl.load(h_ptr + row * h_stride + columns, mask, 0.0).to(tl.float32) * rstd
         grad_y = tl.load(grad_y_ptr + row * grad_y_stride + columns, mask, 0.0).to(tl.float32)
