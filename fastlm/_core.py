@@ -12,22 +12,22 @@ from fastlm.errors import NativeCoreError
 def native() -> ModuleType:
     """The C++ core. Raises NativeCoreError when it was not built."""
     try:
-        from fastlm import _native
+        import fastlm._native as module
     except ImportError as error:
         raise NativeCoreError(
             f"fastlm's native core is not available ({error}); reinstall where a C++20 compiler is present: "
             "pip install --force-reinstall --no-deps fastlm"
         ) from None
-    return _native
+    return module
 
 
 @cache
 def cuda() -> ModuleType:
     """The CUDA core. Raises NativeCoreError when it was not built."""
     try:
-        from fastlm import _cuda
+        import fastlm._cuda as module
     except ImportError as error:
         raise NativeCoreError(
             f"fastlm's CUDA core is not available ({error}); install with FASTLM_CUDA=1 where nvcc is present"
         ) from None
-    return _cuda
+    return module

@@ -29,7 +29,7 @@ def shared_data() -> Path | None:
 
 @pytest.fixture(params=[pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """"cpu" in the default run, where Triton kernels are interpreted; "cuda" under `pytest -m gpu`."""
+    """ "cpu" in the default run, where Triton kernels are interpreted; "cuda" under `pytest -m gpu`."""
     return request.param
 
 
@@ -43,7 +43,7 @@ def fresh_seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item):  # noqa: ANN201
+def pytest_runtest_makereport(item: pytest.Item):
     report = (yield).get_result()
     if report.failed:
         for name, value in item.user_properties:

@@ -79,9 +79,7 @@ class Op:
     def reason_against(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """Why `backend` does not serve this call, or None. The first argument is a tensor."""
         return (
-            missing(backend)
-            or _wrong_device(backend, args[0].device)
-            or self.module(backend).supports(*args, **kwargs)
+            missing(backend) or _wrong_device(backend, args[0].device) or self.module(backend).supports(*args, **kwargs)
         )
 
     def select(self, *args: Any, **kwargs: Any) -> Any:

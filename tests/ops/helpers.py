@@ -68,7 +68,12 @@ class Compiled:
 
 
 def compile_for_chips(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
 ) -> list[Compiled]:
     """Compiles `kernel` ahead of time for sm_80, sm_90 and sm_100; no GPU is needed. Needs TRITON_INTERPRET unset.
 
@@ -82,9 +87,7 @@ def compile_for_chips(
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     missing = [name for name, kind in full.items() if kind == "constexpr" and name not in constants]
     assert not missing, f"no type or value given for {missing}"
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if full[name].startswith("*")
-    }
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if full[name].startswith("*")}
     results = []
     for capability in (80, 90, 100):
         source = ASTSource(fn=kernel, signature=full, constexprs=constants, attrs=attrs)
@@ -107,7 +110,14 @@ def _resources(capability: int, ptx: str) -> Compiled:
         path = Path(directory) / "kernel.ptx"
         path.write_text(ptx)
         run = subprocess.run(
-            [getattr(ptxas, "path", ptxas), "-v", f"-arch={chip[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
+            [
+                getattr(ptxas, "path", ptxas),
+                "-v",
+                f"-arch={chip[1]}",
+                str(path),
+                "-o",
+                str(path.with_suffix(".cubin")),
+            ],
             capture_output=True,
             text=True,
             check=True,

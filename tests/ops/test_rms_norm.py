@@ -113,7 +113,13 @@ def test_kernels_compile_for_each_chip_without_spills(hidden_size):
     from fastlm.ops.rms_norm import triton as kernels
 
     pointers = dict.fromkeys(["x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "h_ptr"], "*bf16") | {"rstd_ptr": "*fp32"}
-    scalars = {"x_stride": "i32", "residual_stride": "i32", "hidden_size": "i32", "eps": "fp32", "weight_offset": "fp32"}
+    scalars = {
+        "x_stride": "i32",
+        "residual_stride": "i32",
+        "hidden_size": "i32",
+        "eps": "fp32",
+        "weight_offset": "fp32",
+    }
     constants = {"HAS_RESIDUAL": True, "BLOCK": hidden_size}
     warps = kernels._num_warps(hidden_size)
     for compiled in compile_for_chips(kernels._forward_kernel, pointers | scalars, constants, num_warps=warps):

@@ -11,7 +11,12 @@ def supports(x: Tensor, weight: Tensor, *, residual: Tensor | None, eps: float, 
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6, weight_offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, h); differentiable by autograd. Computes in fp32, or fp64 for fp64 input."""
     wide = torch.promote_types(x.dtype, torch.float32)

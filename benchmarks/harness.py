@@ -1,0 +1,224 @@
+"""One way to measure everything: outputs compared first, then peer and ours interleaved, medians, beside the bound.
+
+A benchmark is a module `bench_<name>.py` with `cases(device) -> Iterable[Case]`. `fastlm bench <name>` runs it, and so
+does `pytest benchmarks --benchmark-only`, which times each side of each case by pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastlm.errors import ConfigError, FastlmError
+
+
+class OutputMismatchError(FastlmError):
+    """Ours and the peer's outputs differ, so timing them would compare two different things."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What the hardware cannot go under: bytes that must move and operations that must be done, for one call."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+    dtype: torch.dtype = torch.float32  # which arithmetic rate the flops are done at
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `ours` and each peer take no argument and do the same work on the same inputs.
+
+    `check(ours_output, peer_output)` raises AssertionError when they differ; it runs once for each peer before anything is
+    timed. Outputs are what the callables return. `work` is how much one call does, in `unit`s (bytes of text, tokens, …).
+    """
+
+    name: str
+    ours: Callable[[], Any]
+    peers: dict[str, Callable[[], Any]]
+    check: Callable[[Any, Any], None]
+    bound: Bound | None = None
+    work: float = 0.0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median, and the quartiles' distance as a share of it."""
+
+    median: float
+    spread: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One peer of one case, beside ours. `ratio` is the peer's median over ours: above 1, we are faster."""
+
+    benchmark: str
+    case: str
+    peer: str
+    ours_seconds: float
+    peer_seconds: float
+    ratio: float
+    spread: float
+    bound_seconds: float | None
+    rate: float | None  # work a second, ours
+    unit: str
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates of this device: bytes a second of a large copy, flops a second of a large matrix product."""
+
+    bytes_per_second: float
+    flops_per_second: dict[torch.dtype, float]
+
+    def seconds(self, bound: Bound) -> float:
+        flops = self.flops_per_second.get(bound.dtype) or max(self.flops_per_second.values())
+        return max(bound.bytes / self.bytes_per_second, bound.flops / flops)
+
+
+def available() -> list[str]:
+    """Names of the benchmarks, as `fastlm bench` takes them."""
+    import fastlm.benchmarks as package
+
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name.removeprefix("bench_") for name in names if name.startswith("bench_"))
+
+
+def load(name: str, device: str) -> Iterator[Case]:
+    """The cases of one benchmark. Raises ConfigError when there is none of that name."""
+    if name not in available():
+        raise ConfigError(f"no benchmark named {name!r}; there are {', '.join(available())}")
+    yield from importlib.import_module(f"fastlm.benchmarks.bench_{name}").cases(device)
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """Copies 256 MiB (counting bytes read and written) and multiplies matrices; takes about a second."""
+    size = 256 * 1024 * 1024 if device == "cpu" else 2**31
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = min(_times([lambda: target.copy_(source)], device, seconds=0.3)[0])
+    flops = {}
+    for dtype, n in (
+        ((torch.float32, 1024), (torch.bfloat16, 1024))
+        if device == "cpu"
+        else (
+            (torch.float32, 4096),
+            (torch.bfloat16, 8192),
+            (torch.float16, 8192),
+        )
+    ):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        flops[dtype] = 2 * n**3 / min(_times([partial(torch.matmul, a, b)], device, seconds=0.2)[0])
+    return Ceilings(2 * size / copy, flops)
+
+
+def _times(functions: list[Callable[[], Any]], device: str, seconds: float, min_runs: int = 3) -> list[list[float]]:
+    """Times of each function, called in turn, so that a slow spell of the machine falls on all alike."""
+    clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
+    for function in functions:
+        clock(function)  # warm: caches, compilation, allocator
+    times: list[list[float]] = [[] for _ in functions]
+    gc.collect()
+    gc_was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds * len(functions)
+        while time.perf_counter() < end or len(times[0]) < min_runs:
+            for function, its_times in zip(functions, times, strict=True):
+                its_times.append(clock(function))
+            if len(times[0]) >= 1000:
+                break
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    return times
+
+
+def _cpu_seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(function: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _l2_flusher().zero_()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+_flusher: torch.Tensor | None = None
+
+
+def _l2_flusher() -> torch.Tensor:
+    global _flusher
+    if _flusher is None:  # larger than any L2, so that every call reads its inputs from memory
+        _flusher = torch.empty(256 * 1024 * 1024, dtype=torch.uint8, device="cuda")
+    return _flusher
+
+
+def run_case(benchmark: str, case: Case, device: str, ceilings: Ceilings, seconds: float = 1.0) -> list[Result]:
+    """Compares, then times `case`, about `seconds` for each callable. One result for each peer.
+
+    Raises OutputMismatchError when an output differs.
+    """
+    ours_output = case.ours()
+    for peer, function in case.peers.items():
+        try:
+            case.check(ours_output, function())
+        except AssertionError as error:
+            raise OutputMismatchError(f"{benchmark} / {case.name}: ours differs from {peer}: {error}") from error
+    del ours_output
+    names, functions = list(case.peers), [case.ours, *case.peers.values()]
+    all_times = _times(functions, device, seconds)
+    timings = [_summary(times) for times in all_times]
+    ours = timings[0]
+    return [
+        Result(
+            benchmark=benchmark,
+            case=case.name,
+            peer=peer,
+            ours_seconds=ours.median,
+            peer_seconds=timing.median,
+            ratio=timing.median / ours.median,
+            spread=max(ours.spread, timing.spread),
+            bound_seconds=ceilings.seconds(case.bound) if case.bound else None,
+            rate=case.work / ours.median if case.work else None,
+            unit=case.unit,
+            runs=ours.runs,
+        )
+        for peer, timing in zip(names, timings[1:], strict=True)
+    ]
+
+
+def _summary(times: list[float]) -> Timing:
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
+    return Timing(median, (high - low) / median, len(times))
+
+
+def run(names: Iterable[str], device: str, seconds: float = 1.0) -> Iterator[Result]:
+    """Runs benchmarks one case at a time, yielding results as they come."""
+    ceilings = measure_ceilings(device)
+    for name in names:
+        for case in load(name, device):
+            yield from run_case(name, case, device, ceilings, seconds)
