@@ -1,4 +1,4 @@
-"""What the tests of every op share: the error rule, poisoned memory, and compiling kernels for chips that are not here."""
+"""What the tests of every op share: the error rule, poisoned memory, compiling kernels for chips that are not here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_as_exact_as(ours: Tensor, plain: Tensor, exact: Tensor, factor: float
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every tensor from torch.empty and its kin starts as NaN (integers as their maximum), so unwritten outputs show."""
+    """Every tensor from torch.empty and its kin starts as NaN (integers as their maximum): unwritten outputs show."""
 
     def poison(t: Tensor) -> Tensor:
         if t.is_floating_point():

@@ -1,7 +1,7 @@
-"""RMSNorm in Triton. One program normalises one row that stays in registers, so the forward reads x (and the residual)
-once and writes y (and h) once: the floor for a memory-bound op. The backward reads grad_y and h once, writes grad_x once,
-and keeps a partial weight gradient for each program of a persistent grid, which a second, tiny sum reduces in a fixed
-order: no atomics, so gradients are the same at every run.
+"""RMSNorm in Triton. One program normalises one row that stays in registers, so the forward reads x (and the
+residual) once and writes y (and h) once: the floor for a memory-bound op. The backward reads grad_y and h once, writes
+grad_x once, and keeps a partial weight gradient for each program of a persistent grid, which a second, tiny sum reduces
+in a fixed order: no atomics, so gradients are the same at every run.
 """
 
 from __future__ import annotations
