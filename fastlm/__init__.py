@@ -1,5 +1,51 @@
-"""fastlm: fused kernels, an exact C++ BPE tokenizer and a thin transformer for language models."""
+"""fastlm: fused kernels, an exact C++ BPE tokenizer and a thin transformer for language models.
+
+Importing it imports nothing else; each name below loads its module on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fastlm._version import __version__
 
-__all__ = ["__version__"]
+_HOME = {
+    "BpeTrainer": "fastlm.tokenizer",
+    "Tokenizer": "fastlm.tokenizer",
+    "explain": "fastlm.ops",
+}
+_MODULES = ("errors", "inference", "model", "nn", "ops", "tokenizer", "training")
+
+if TYPE_CHECKING:
+    from fastlm import errors, inference, model, nn, ops, tokenizer, training
+    from fastlm.ops import explain
+    from fastlm.tokenizer import BpeTrainer, Tokenizer
+
+__all__ = [
+    "BpeTrainer",
+    "Tokenizer",
+    "__version__",
+    "errors",
+    "explain",
+    "inference",
+    "model",
+    "nn",
+    "ops",
+    "tokenizer",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastlm.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
