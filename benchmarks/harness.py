@@ -1,19 +1,22 @@
 """One way to measure everything: outputs compared first, then peer and ours interleaved, medians, beside the bound.
 
 A benchmark is a module `bench_<name>.py` with `cases(device) -> Iterable[Case]`. `fastlm bench <name>` runs it, and so
-does `pytest benchmarks --benchmark-only`, which times each side of each case by pytest-benchmark.
+does `pytest benchmarks --benchmark-only`, which times each side of each case by pytest-benchmark. A benchmark asks
+`optional("tiktoken")` for a peer that may not be installed, and leaves the peer out when it gets None.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import pkgutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,8 +41,8 @@ class Bound:
 class Case:
     """One comparison. `ours` and each peer take no argument and do the same work on the same inputs.
 
-    `check(ours_output, peer_output)` raises AssertionError when they differ; it runs once for each peer before anything is
-    timed. Outputs are what the callables return. `work` is how much one call does, in `unit`s (bytes of text, tokens, …).
+    `check(ours_output, peer_output)` raises AssertionError when they differ; it runs once for each peer before anything
+    is timed. Outputs are what the callables return. `work` is how much one call does, in `unit`s ("bytes", "tokens").
     """
 
     name: str
@@ -76,6 +79,23 @@ class Result:
     unit: str
     runs: int
 
+    @property
+    def share_of_bound(self) -> float | None:
+        """1 when ours runs as fast as the hardware allows."""
+        return self.bound_seconds / self.ours_seconds if self.bound_seconds else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that was not timed, because the outputs differ or one side raised."""
+
+    benchmark: str
+    case: str
+    reason: str
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -86,6 +106,10 @@ class Ceilings:
 
     bytes_per_second: float
     flops_per_second: dict[torch.dtype, float]
+
+    def to_json(self) -> dict[str, Any]:
+        flops = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.flops_per_second.items()}
+        return {"bytes_per_second": self.bytes_per_second, "flops_per_second": flops}
 
     def seconds(self, bound: Bound) -> float:
         flops = self.flops_per_second.get(bound.dtype) or max(self.flops_per_second.values())
@@ -104,7 +128,25 @@ def load(name: str, device: str) -> Iterator[Case]:
     """The cases of one benchmark. Raises ConfigError when there is none of that name."""
     if name not in available():
         raise ConfigError(f"no benchmark named {name!r}; there are {', '.join(available())}")
-    yield from importlib.import_module(f"fastlm.benchmarks.bench_{name}").cases(device)
+    return iter(importlib.import_module(f"fastlm.benchmarks.bench_{name}").cases(device))
+
+
+_left_out: list[str] = []
+
+
+def optional(package: str) -> ModuleType | None:
+    """The package, or None where it is not installed, which is then told to the reader of the results."""
+    if importlib.util.find_spec(package) is None:
+        note = f"{package} is not installed, so it is left out"
+        if note not in _left_out:
+            _left_out.append(note)
+        return None
+    return importlib.import_module(package)
+
+
+def left_out() -> list[str]:
+    """What `optional` did not find so far, one line each."""
+    return list(_left_out)
 
 
 def measure_ceilings(device: str) -> Ceilings:
@@ -186,7 +228,7 @@ def run_case(benchmark: str, case: Case, device: str, ceilings: Ceilings, second
         try:
             case.check(ours_output, function())
         except AssertionError as error:
-            raise OutputMismatchError(f"{benchmark} / {case.name}: ours differs from {peer}: {error}") from error
+            raise OutputMismatchError(f"ours differs from {peer}: {_first_lines(error)}") from error
     del ours_output
     names, functions = list(case.peers), [case.ours, *case.peers.values()]
     all_times = _times(functions, device, seconds)
@@ -210,15 +252,30 @@ def run_case(benchmark: str, case: Case, device: str, ceilings: Ceilings, second
     ]
 
 
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split()[:60]) or type(error).__name__
+
+
 def _summary(times: list[float]) -> Timing:
     median = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (median, median, median)
     return Timing(median, (high - low) / median, len(times))
 
 
-def run(names: Iterable[str], device: str, seconds: float = 1.0) -> Iterator[Result]:
-    """Runs benchmarks one case at a time, yielding results as they come."""
-    ceilings = measure_ceilings(device)
-    for name in names:
-        for case in load(name, device):
+def run(name: str, device: str, ceilings: Ceilings, seconds: float = 1.0) -> Iterator[Result | Failure]:
+    """Runs one benchmark, yielding results as they come. A case that fails is a Failure; the rest still run."""
+    cases = load(name, device)
+    while True:
+        try:
+            case = next(cases)
+        except StopIteration:
+            return
+        except Exception as error:  # inputs could not be made: whatever it was, other benchmarks can still run
+            yield Failure(name, "setting up", f"{type(error).__name__}: {error}")
+            return
+        try:
             yield from run_case(name, case, device, ceilings, seconds)
+        except OutputMismatchError as error:
+            yield Failure(name, case.name, str(error))
+        except Exception as error:
+            yield Failure(name, case.name, f"{type(error).__name__}: {error}")

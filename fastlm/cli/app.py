@@ -1,7 +1,7 @@
 """The typer application: the table of commands, and how errors become one line and an exit code.
 
-A command is a file `fastlm/cli/<command>.py` with a function `command`, whose docstring is the help text and ends with an
-example. Importing the file must import nothing heavy, so that help is quick.
+A command is a file `fastlm/cli/<command>.py` with a function `command`, whose docstring is the help text and ends with
+an example. Importing the file must import nothing heavy, so that help is quick.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -20,7 +20,7 @@ from fastlm._version import __version__
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
-COMMANDS = ("doctor",)
+COMMANDS = ("doctor", "train-tokenizer", "tokenize", "bench")
 
 
 class _Commands(TyperGroup):
