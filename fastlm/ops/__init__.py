@@ -1,6 +1,18 @@
 """The ops. Each is a folder with one public function; each backend of it is a file. See `fastlm.explain`."""
 
 from fastlm.ops._registry import OPS, Explanation, explain
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rotary import rotary, rotary_tables
+from fastlm.ops.swiglu import swiglu
 
-__all__ = ["OPS", "Explanation", "explain", "rms_norm"]
+__all__ = [
+    "OPS",
+    "Explanation",
+    "explain",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
+    "swiglu",
+]
