@@ -29,6 +29,8 @@ def plot_ratios(results: Sequence[Result], path: Path, title: str) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 1.5)
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter("")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("the peer's time over fastlm's: right of 1, fastlm is faster")
     axes.set_title(title, fontsize=10)

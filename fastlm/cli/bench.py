@@ -40,8 +40,8 @@ def command(
 ) -> None:
     """Time fastlm beside its peers, and beside what the hardware allows.
 
-    Outputs are compared before anything is timed. The two sides then run in turn, and medians are shown: a ratio above 1
-    means that fastlm is faster. A case whose outputs differ is reported, and the exit code is 1.
+    Outputs are compared before anything is timed. The two sides then run in turn, and medians are shown: a ratio
+    above 1 means that fastlm is faster. A case whose outputs differ is reported, and the exit code is 1.
 
     Example: fastlm bench rms_norm sampling --json results.json --plot ratios.png
     """
@@ -77,9 +77,7 @@ def command(
         if not quiet:
             _print_table(name, outcomes)
         report.notes = harness.left_out()
-        if (
-            json_file and not quiet
-        ):  # after every benchmark, so that what is measured stays when a later one is interrupted
+        if json_file and not quiet:  # after every benchmark: what is measured stays when a later one is interrupted
             report.save(json_file)
     if quiet:
         print_json(report.to_json())
@@ -122,7 +120,7 @@ def _print_table(name: str, outcomes: list[Result | Failure]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for outcome in outcomes:
         if isinstance(outcome, Failure):
-            table.add_row(Text(outcome.case), Text(f"FAILED: {outcome.reason}", "red"))
+            table.add_row(Text(outcome.case), Text("FAILED", "red"))
             continue
         table.add_row(
             Text(outcome.case),
@@ -135,6 +133,9 @@ def _print_table(name: str, outcomes: list[Result | Failure]) -> None:
             bound_text(outcome),
         )
     console.print(table)
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            console.print(Text(f"{outcome.case}: {outcome.reason}", "red"), soft_wrap=True)
     console.print()
 
 
