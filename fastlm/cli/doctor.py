@@ -7,8 +7,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +143,9 @@ def find_problems(facts: dict[str, Any]) -> list[str]:
 def backends() -> dict[str, dict[str, Any]]:
     """For each op, for a typical call on CPU and on GPU tensors: the backend, and why not the others.
 
-    Where there is no GPU, the GPU tensors are fake ones: shapes and dtypes, which is all that the choice looks at.
+    Where there is no GPU, the answer for GPU tensors is that of an H100.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from fastlm.ops import OPS, explain
 
@@ -154,24 +153,47 @@ def backends() -> dict[str, dict[str, Any]]:
     for name in sorted(OPS):
         answers[name] = {}
         for device in ("cpu", "cuda"):
-            with FakeTensorMode() if device == "cuda" and not torch.cuda.is_available() else nullcontext():
+            with _pretended_gpu() if device == "cuda" and not torch.cuda.is_available() else nullcontext():
                 args, kwargs = typical_call(name, torch.device(device))
                 explanation = explain(name, *args, **kwargs)
             answers[name][device] = {"backend": explanation.chosen, "not": explanation.reasons}
     return answers
 
 
+@contextmanager
+def _pretended_gpu() -> Iterator[None]:
+    """Tensors made on "cuda" are fake ones, shapes and dtypes only, on a chip of compute capability 9.0."""
+    from unittest import mock
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)):
+        yield
+
+
 def typical_call(op: str, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a usual call of `op`: fp32 on a CPU, bf16 on a GPU; small, since nothing runs."""
     import torch
 
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
 
-    def tensor(*shape: int) -> torch.Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = default) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
     calls: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+        "attention": lambda: ((tensor(1, 32, 4, 64), tensor(1, 32, 2, 64), tensor(1, 32, 2, 64)), {"causal": True}),
+        "linear_cross_entropy": lambda: ((tensor(4, 64), tensor(128, 64), ids(4)), {}),
         "rms_norm": lambda: ((tensor(4, 64), tensor(64)), {}),
+        "rotary": lambda: (
+            (tensor(1, 4, 4, 64), tensor(1, 4, 2, 64), *(tensor(8, 32, dtype=torch.float32) for _ in range(2))),
+            {},
+        ),
+        "sampling": lambda: ((tensor(2, 128),), {"top_p": 0.9, "seed": 0, "position": 0}),
+        "swiglu": lambda: ((tensor(4, 64), tensor(4, 64)), {}),
     }
     return calls[op]()
 
@@ -206,7 +228,7 @@ def _print(facts: dict[str, Any], ops: dict[str, dict[str, Any]], problems: list
     table = Table("op", "on", "backend", "and why not the others", box=None, pad_edge=False, header_style="bold")
     for name, by_device in ops.items():
         for device, answer in by_device.items():
-            on = device if device == "cpu" or facts["gpus"] else "cuda (none here)"
+            on = device if device == "cpu" or facts["gpus"] else "H100 (none here)"
             chosen = Text(answer["backend"], "green") if answer["backend"] else Text("none", "red")
             reasons = "\n".join(f"{backend}: {reason}" for backend, reason in answer["not"].items())
             table.add_row(name, on, chosen, Text(reasons, "dim"))
