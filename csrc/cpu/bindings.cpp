@@ -6,6 +6,8 @@ namespace py = pybind11;
 
 namespace fastlm {
 
+void bind_cpu_fused(py::module_& m);
+
 void bind_cpu(py::module_& m) {
     m.def(
         "cpu_features",
@@ -20,6 +22,7 @@ void bind_cpu(py::module_& m) {
             return d;
         },
         "Instruction sets that the kernels may use on this processor.");
+    bind_cpu_fused(m);
 }
 
 }  // namespace fastlm

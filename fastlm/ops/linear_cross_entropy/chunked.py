@@ -1,0 +1,57 @@
+"""What the fast backends share: logits of a chunk of tokens by a matrix product into one small buffer, a kernel that
+turns them in place into losses and gradients, two more products into the gradients of hidden and weight. The same three
+products that plain PyTorch makes, but memory for one chunk's logits in place of three or four times all of them, and
+each logit goes to memory and back as often as the kernel says, not once for each elementwise step. As in Liger-Kernel
+(arXiv 2410.10989, section 3.2); see also Cut Cross-Entropy, arXiv 2411.09009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# (logits chunk, targets, scale or None, losses, logprobs, entropy) -> None, in place
+Kernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
+
+MAX_ROUNDED_SUMS = 8  # low-precision additions to the weight gradient that lose less than the plain version does
+
+
+def token_losses(
+    kernel: Kernel,
+    chunk_size: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = hidden.shape[0]
+    targets = targets.contiguous()
+    scale = scale.contiguous() if scale is not None and (needs_hidden or needs_weight) else None
+    losses, logprobs, entropy = (
+        torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)
+    )
+    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
+    chunks = -(-tokens // chunk_size)
+    sum_dtype = weight.dtype if chunks <= MAX_ROUNDED_SUMS else torch.float32
+    grad_weight = weight.new_empty(0)
+    if needs_weight:
+        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
+    logits = hidden.new_empty(min(chunk_size, tokens), weight.shape[0])
+    for start in range(0, tokens, chunk_size):
+        rows = slice(start, start + chunk_size)
+        chunk_hidden = hidden[rows]
+        chunk = logits[: chunk_hidden.shape[0]]
+        torch.mm(chunk_hidden, weight.t(), out=chunk)
+        chunk_scale = None if scale is None else scale[rows]
+        kernel(chunk, targets[rows], chunk_scale, losses[rows], logprobs[rows], entropy[rows])
+        if needs_hidden:
+            torch.mm(chunk, weight, out=grad_hidden[rows])
+        if needs_weight and sum_dtype == weight.dtype:
+            grad_weight.addmm_(chunk.t(), chunk_hidden)
+        elif needs_weight:
+            grad_weight += chunk.t() @ chunk_hidden
+    return losses, logprobs, entropy, grad_hidden, grad_weight.to(weight.dtype)
