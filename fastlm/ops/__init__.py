@@ -1,6 +1,7 @@
 """The ops. Each is a folder with one public function; each backend of it is a file. See `fastlm.explain`."""
 
 from fastlm.ops._registry import OPS, Explanation, explain
+from fastlm.ops.attention import attention
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary, rotary_tables
@@ -9,6 +10,7 @@ from fastlm.ops.swiglu import swiglu
 __all__ = [
     "OPS",
     "Explanation",
+    "attention",
     "explain",
     "linear_cross_entropy",
     "rms_norm",

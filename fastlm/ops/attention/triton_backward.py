@@ -1,0 +1,360 @@
+"""The backward pass of FlashAttention-2 in Triton (Dao, arXiv 2307.08691, algorithm 2), without atomics.
+
+Nothing of the forward's logits was kept, so they are computed again from q, k and the log-sum-exp, twice: one kernel gives
+each program a tile of keys and walks over the queries, for every query head of the group in turn, to sum grad_k and grad_v
+in registers; another gives each program a tile of queries and walks over the keys to sum grad_q. That is seven matrix
+products where a kernel with atomic additions to grad_q needs five, and the price of it buys the same bits at every run
+and no fp32 buffer for grad_q. As in the forward, only tiles on an edge are masked, tiles unseen are skipped, and the
+longest walks start first. Each pass reads q, k, v and grad_out once a tile, mostly from L2; the rest of the memory traffic
+is a first, small kernel that reads out and grad_out for delta = rowsum(out · grad_out).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.ops.attention.reference import sinks_gradient
+from fastlm.ops.attention.triton import (
+    LOG2_E,
+    Tiles,
+    capability,
+    key_phases,
+    load_tile,
+    matmul,
+    outputs_like,
+    plan,
+    rows_contiguous,
+    span,
+    store_tile,
+    strides,
+    tanh,
+)
+
+
+def key_tiles(head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """Tiles of the kernel for grad_k and grad_v."""
+    if chip == 0:
+        return Tiles(16, 32, 1, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 64, 4, 1) if head_dim <= 64 else Tiles(16, 32 if head_dim <= 128 else 16, 4, 1)
+    return Tiles(64, 128, 8, 2) if head_dim <= 128 else Tiles(32, 64, 8, 1)
+
+
+def query_tiles(head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
+    """Tiles of the kernel for grad_q."""
+    if chip == 0:
+        return Tiles(32, 16, 1, 1)
+    if dtype == torch.float32:
+        return Tiles(64, 32, 4, 1) if head_dim <= 64 else Tiles(32 if head_dim <= 128 else 16, 16, 4, 1)
+    return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 8, 1)
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, grad_batch_stride, grad_stride, grad_head_stride, heads, seq,
+    GRAD_LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    left = seq - token
+    out_ptr += ((batch * seq + token) * heads + head) * HEAD_DIM
+    grad_out_ptr += batch * grad_batch_stride + token * grad_stride + head * grad_head_stride
+    out = load_tile(out_ptr, heads * HEAD_DIM, rows, left, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    grad_out = load_tile(grad_out_ptr, grad_stride, rows, left, True, HEAD_DIM, BLOCK_D).to(tl.float32)
+    delta = tl.sum(out * grad_out, 1)
+    row = (batch * heads + head) * seq + token + rows
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + row, rows < left, 0.0)
+    tl.store(delta_ptr + row, delta, rows < left)
+
+
+@triton.jit
+def _key_gradients(
+    grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_stride, start, end,
+    keys, shift, seq_q, window, inner, factor,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Everything here is transposed: keys are rows, queries columns, so that no product needs a transposed register."""
+    columns = tl.arange(0, BLOCK_M)
+    for tile in range(start, end, BLOCK_M):
+        offset = tl.cast(tile, tl.int64)
+        left = seq_q - tile
+        q = load_tile(q_ptr + offset * q_stride, q_stride, columns, left, MASKED, HEAD_DIM, BLOCK_D)
+        if MASKED:
+            lse = tl.load(lse_ptr + offset + columns, columns < left, 0.0)
+            delta = tl.load(delta_ptr + offset + columns, columns < left, 0.0)
+        else:
+            lse = tl.load(lse_ptr + offset + columns)
+            delta = tl.load(delta_ptr + offset + columns)
+        logits = matmul(k, tl.trans(q), None, PRECISION)
+        if SOFTCAP:
+            logits = tanh(logits * inner)
+        weights = tl.exp2(logits * factor - (lse * LOG2_E)[None, :])
+        if MASKED:
+            positions = tile + columns + shift
+            seen = columns[None, :] < left
+            if CAUSAL:
+                seen = seen & (keys[:, None] <= positions[None, :])
+            if WINDOW:
+                seen = seen & (keys[:, None] > positions[None, :] - window)
+            weights = tl.where(seen, weights, 0.0)
+        grad_out = load_tile(grad_out_ptr + offset * grad_stride, grad_stride, columns, left, MASKED, HEAD_DIM, BLOCK_D)
+        grad_v = matmul(weights.to(grad_out.dtype), grad_out, grad_v, PRECISION)
+        grad_logits = weights * (matmul(v, tl.trans(grad_out), None, PRECISION) - delta[None, :])
+        if SOFTCAP:
+            grad_logits *= 1 - logits * logits
+        grad_k = matmul(grad_logits.to(q.dtype), q, grad_k, PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "window"])
+def _key_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_batch_stride, q_stride, q_head_stride, k_batch_stride, k_stride, k_head_stride,
+    v_batch_stride, v_stride, v_head_stride, grad_batch_stride, grad_stride, grad_head_stride,
+    kv_heads, group, seq_q, seq_k, window, inner, factor, scale,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0) // kv_heads
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    tokens_q = seq_q
+    tokens_k = seq_k
+    first_q, seq_q = span(cu_seqlens_q_ptr, batch, seq_q, PACKED)
+    first_k, seq_k = span(cu_seqlens_k_ptr, batch, seq_k, PACKED)
+    first_key = tl.program_id(1) * BLOCK_N
+    if first_key >= seq_k:
+        return
+    batch = batch.to(tl.int64)
+    row_token = first_q.to(tl.int64)
+    key_token = (first_k + first_key).to(tl.int64)
+    head = kv_head * group
+    lse_offset = head * tokens_q + row_token
+    grad_k_offset = key_token * kv_heads * HEAD_DIM + kv_head * HEAD_DIM
+    if not PACKED:
+        lse_offset += batch * kv_heads * group * tokens_q
+        grad_k_offset += batch * tokens_k * kv_heads * HEAD_DIM
+        q_ptr += batch * q_batch_stride
+        k_ptr += batch * k_batch_stride
+        v_ptr += batch * v_batch_stride
+        grad_out_ptr += batch * grad_batch_stride
+    k_ptr += key_token * k_stride + kv_head * k_head_stride
+    v_ptr += key_token * v_stride + kv_head * v_head_stride
+    q_ptr += row_token * q_stride + head * q_head_stride
+    grad_out_ptr += row_token * grad_stride + head * grad_head_stride
+
+    rows = tl.arange(0, BLOCK_N)
+    keys = first_key + rows
+    left = seq_k - first_key
+    shift = seq_k - seq_q
+    last_key = tl.minimum(first_key + BLOCK_N, seq_k) - 1
+    start = first_key * 0
+    whole_start = start
+    end = seq_q + start
+    whole_end = seq_q // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        start = tl.maximum(first_key - shift, 0) // BLOCK_M * BLOCK_M
+        whole_start = (tl.maximum(last_key - shift, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if WINDOW:
+        end = tl.minimum(end, tl.maximum(last_key - shift + window, 0))
+        whole_end = tl.minimum(whole_end, tl.maximum(first_key - shift + window, 0) // BLOCK_M * BLOCK_M)
+    whole_start = tl.minimum(whole_start, (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    whole_start = tl.maximum(whole_start, start)
+    whole_end = tl.maximum(whole_end, whole_start)
+
+    k = load_tile(k_ptr, k_stride, rows, left, True, HEAD_DIM, BLOCK_D)
+    v = load_tile(v_ptr, v_stride, rows, left, True, HEAD_DIM, BLOCK_D)
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for _ in range(group):
+        lse_row = lse_ptr + lse_offset
+        delta_row = delta_ptr + lse_offset
+        if CAUSAL:
+            grad_k, grad_v = _key_gradients(
+                grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
+                start, whole_start, keys, shift, seq_q, window, inner, factor,
+                True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        grad_k, grad_v = _key_gradients(
+            grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
+            whole_start, whole_end, keys, shift, seq_q, window, inner, factor,
+            False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        grad_k, grad_v = _key_gradients(
+            grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
+            whole_end, end, keys, shift, seq_q, window, inner, factor,
+            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        q_ptr += q_head_stride
+        grad_out_ptr += grad_head_stride
+        lse_offset += tokens_q
+    stride = kv_heads * HEAD_DIM
+    store_tile(grad_k_ptr + grad_k_offset, stride, rows, left, grad_k * scale, HEAD_DIM, BLOCK_D)
+    store_tile(grad_v_ptr + grad_k_offset, stride, rows, left, grad_v, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _query_gradient(
+    grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, end,
+    positions, seq_k, window, inner, factor,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK_N)
+    for tile in range(start, end, BLOCK_N):
+        offset = tl.cast(tile, tl.int64)
+        k = load_tile(k_ptr + offset * k_stride, k_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
+        logits = matmul(q, tl.trans(k), None, PRECISION)
+        if SOFTCAP:
+            logits = tanh(logits * inner)
+        weights = tl.exp2(logits * factor - lse[:, None])
+        if MASKED:
+            keys = tile + columns
+            seen = keys[None, :] < seq_k
+            if CAUSAL:
+                seen = seen & (keys[None, :] <= positions[:, None])
+            if WINDOW:
+                seen = seen & (keys[None, :] > positions[:, None] - window)
+            weights = tl.where(seen, weights, 0.0)
+        v = load_tile(v_ptr + offset * v_stride, v_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
+        grad_logits = weights * (matmul(grad_out, tl.trans(v), None, PRECISION) - delta[:, None])
+        if SOFTCAP:
+            grad_logits *= 1 - logits * logits
+        grad_q = matmul(grad_logits.to(k.dtype), k, grad_q, PRECISION)
+    return grad_q
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "window"])
+def _query_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_batch_stride, q_stride, q_head_stride, k_batch_stride, k_stride, k_head_stride,
+    v_batch_stride, v_stride, v_head_stride, grad_batch_stride, grad_stride, grad_head_stride,
+    heads, group, seq_q, seq_k, window, inner, factor, scale,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0) // heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    tile = tl.program_id(1)
+    if CAUSAL:
+        tile = tl.num_programs(1) - 1 - tile
+    tokens_q = seq_q
+    first_q, seq_q = span(cu_seqlens_q_ptr, batch, seq_q, PACKED)
+    first_k, seq_k = span(cu_seqlens_k_ptr, batch, seq_k, PACKED)
+    first_row = tile * BLOCK_M
+    if first_row >= seq_q:
+        return
+    batch = batch.to(tl.int64)
+    kv_head = head // group
+    row_token = (first_q + first_row).to(tl.int64)
+    key_token = first_k.to(tl.int64)
+    lse_offset = head * tokens_q + row_token
+    grad_q_ptr += row_token * heads * HEAD_DIM + head * HEAD_DIM
+    if not PACKED:
+        lse_offset += batch * heads * tokens_q
+        grad_q_ptr += batch * tokens_q * heads * HEAD_DIM
+        q_ptr += batch * q_batch_stride
+        k_ptr += batch * k_batch_stride
+        v_ptr += batch * v_batch_stride
+        grad_out_ptr += batch * grad_batch_stride
+    q_ptr += row_token * q_stride + head * q_head_stride
+    grad_out_ptr += row_token * grad_stride + head * grad_head_stride
+    k_ptr += key_token * k_stride + kv_head * k_head_stride
+    v_ptr += key_token * v_stride + kv_head * v_head_stride
+
+    rows = tl.arange(0, BLOCK_M)
+    left = seq_q - first_row
+    shift = seq_k - seq_q
+    positions = first_row + rows + shift
+    last_row = tl.minimum(first_row + BLOCK_M, seq_q) - 1
+    q = load_tile(q_ptr, q_stride, rows, left, True, HEAD_DIM, BLOCK_D)
+    grad_out = load_tile(grad_out_ptr, grad_stride, rows, left, True, HEAD_DIM, BLOCK_D)
+    lse = tl.load(lse_ptr + lse_offset + rows, rows < left, 0.0) * LOG2_E
+    delta = tl.load(delta_ptr + lse_offset + rows, rows < left, 0.0)
+    grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start, whole_start, whole_end, end = key_phases(first_row, last_row, shift, seq_k, window, CAUSAL, WINDOW, BLOCK_N)
+    if WINDOW:
+        grad_q = _query_gradient(
+            grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start,
+            positions, seq_k, window, inner, factor,
+            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    grad_q = _query_gradient(
+        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end,
+        positions, seq_k, window, inner, factor,
+        False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    grad_q = _query_gradient(
+        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_end, end,
+        positions, seq_k, window, inner, factor,
+        True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    store_tile(grad_q_ptr, heads * HEAD_DIM, rows, left, grad_q * scale, HEAD_DIM, BLOCK_D)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, grad_out = (rows_contiguous(t) for t in (q, k, v, grad_out))
+    call = plan(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale)
+    grad_q, grad_k, grad_v = (outputs_like(t, call.packed) for t in (q, k, v))
+    none = q.new_empty(0)
+    chip = capability(q.device)
+    block_d = int(call.constants["BLOCK_D"])
+    kv_heads = call.heads // call.group
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    if delta.numel():
+        rows = delta.numel() // (call.heads * call.seq_q)  # batch, or 1 when packed
+        block = 32
+        _delta_kernel[(rows * call.heads, triton.cdiv(call.seq_q, block))](
+            out.contiguous(), grad_out, q if grad_lse is None else grad_lse.contiguous(), delta,
+            *strides(grad_out, call.packed), call.heads, call.seq_q,
+            GRAD_LSE=grad_lse is not None, HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=block_d, BLOCK_M=block,
+        )  # fmt: skip
+    inputs = (q, k, v, grad_out, lse, delta)
+    offsets = (q if cu_seqlens_q is None else cu_seqlens_q, q if cu_seqlens_k is None else cu_seqlens_k)
+    all_strides = tuple(stride for t in (q, k, v, grad_out) for stride in strides(t, call.packed))
+    scalars = (call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor, scale)
+
+    tiles = key_tiles(block_d, q.dtype, chip)
+    grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, tiles.block_n))
+    if 0 not in grid:
+        _key_kernel[grid](
+            *inputs, grad_k, grad_v, *offsets, *all_strides, kv_heads, *scalars, **call.constants,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    tiles = query_tiles(block_d, q.dtype, chip)
+    grid = (call.batch * call.heads, triton.cdiv(call.longest_q, tiles.block_m))
+    if 0 not in grid:
+        _query_kernel[grid](
+            *inputs, grad_q, *offsets, *all_strides, call.heads, *scalars, **call.constants,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    grad_sinks = none if sinks is None else sinks_gradient(delta, lse, sinks).to(sinks.dtype)
+    return grad_q, grad_k, grad_v, none, grad_sinks
