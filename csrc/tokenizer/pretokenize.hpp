@@ -1,5 +1,5 @@
 // Splits text into the pre-tokens that byte-pair merges stay inside: hand-written scanners over UTF-8 that give what
-// the published regular expressions give (the `regex` package's findall), in one pass and without backtracking beyond
+// the published regular expressions give (as a findall), in one pass and without backtracking beyond
 // the end of a run. Each scanner looks at the class of at most two characters, then skips a run of one class.
 //
 //   gpt2     '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s        (also r50k, p50k)
