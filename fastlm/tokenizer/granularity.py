@@ -50,8 +50,9 @@ def words(text: str) -> list[str]:
 
 
 def subwords(text: str, tokenizer: Tokenizer) -> list[str]:
-    r"""The tokenizer's tokens. Bytes of a token that are not whole characters are shown as `\xea`."""
-    return [tokenizer.decode_bytes([i]).decode(errors="backslashreplace") for i in tokenizer.encode(text)]
+    r"""The tokenizer's tokens, special ones included. Bytes that are not whole characters are shown as `\xea`."""
+    ids = tokenizer.encode(text, allowed_special="all")
+    return [tokenizer.token_bytes(i).decode(errors="backslashreplace") for i in ids]
 
 
 def morphemes(text: str) -> list[str]:

@@ -1,0 +1,85 @@
+"""BPE training beside Hugging Face's tokenizers: the same text, pre-tokenizer and vocabulary size, equal merges.
+
+Set FASTLM_BENCH_TEXT to a UTF-8 file of one text a line, without blank lines, to train on that from the disk; Hugging
+Face's trainer reads files by line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from fastlm.benchmarks.harness import Case
+
+from fastlm.tokenizer.byte_level import from_chars
+from fastlm.tokenizer.trainer import BpeTrainer
+
+Merges = list[tuple[bytes, bytes]]
+VOCAB_SIZE = 8000
+
+
+def cases(device: str) -> Iterable[Case]:
+    if device != "cpu":
+        return
+    path = os.environ.get("FASTLM_BENCH_TEXT")
+    if path:
+        size = Path(path).stat().st_size
+        yield _case(f"{Path(path).name} {size / 1e6:.0f} MB", size, partial(_train, path), partial(_train_peer, path))
+    else:
+        texts = list(topics.values())
+        size = sum(len(text.encode()) for text in texts)
+        yield _case("Python documentation", size, partial(_train, texts), partial(_train_peer, texts))
+
+
+def _case(name: str, size: int, ours: Callable[[], Merges], peer: Callable[[], Merges]) -> Case:
+    return Case(
+        name=f"{name}, {VOCAB_SIZE} ids",
+        ours=ours,
+        peers={"tokenizers": peer},
+        check=_check,
+        work=size,
+        unit="bytes",
+    )
+
+
+def _train(source: str | list[str]) -> Merges:
+    trainer = BpeTrainer(VOCAB_SIZE, pattern="llama3")
+    tokenizer = trainer.train(source) if isinstance(source, str) else trainer.train_from_iterator(source)
+    return tokenizer.merges or []
+
+
+def _train_peer(source: str | list[str]) -> Merges:
+    import json
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from fastlm.tokenizer.huggingface_format import REGEXES
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(REGEXES["llama3"]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    if isinstance(source, str):
+        tokenizer.train([source], trainer)
+    else:
+        tokenizer.train_from_iterator(source, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [(from_chars(left), from_chars(right)) for left, right in merges]
+
+
+def _check(ours: Merges, peer: Merges) -> None:
+    assert len(ours) == len(peer) > 0, f"{len(ours)} merges against {len(peer)}"
+    for i, (mine, theirs) in enumerate(zip(ours, peer, strict=True)):
+        assert mine == theirs, f"merge {i} is {mine} against {theirs}"

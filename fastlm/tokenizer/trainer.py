@@ -1,0 +1,279 @@
+"""Training a byte-level BPE tokenizer: the merges and ids that Hugging Face's `BpeTrainer` gives for the same text."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastlm._core import native
+from fastlm.errors import ConfigError, DataError
+from fastlm.tokenizer.byte_level import BYTE_TO_CHAR, CHAR_TO_BYTE
+from fastlm.tokenizer.tokenizer import Tokenizer
+
+CHUNK_BYTES = 16 << 20  # large enough to keep every thread busy, small against the tables of a large corpus
+MAX_THREADS = 8
+MAX_VOCAB_SIZE = 1 << 22  # sixteen times the largest vocabularies in use
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """How far training is. `total` is None while the amount of text is not known."""
+
+    stage: Literal["reading", "merging"]
+    done: int  # bytes of text counted, or ids in use
+    total: int | None
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What one training run did."""
+
+    bytes_read: int
+    words: int  # pre-tokens
+    distinct_words: int
+    merges: int
+    vocab_size: int
+    requested_vocab_size: int
+    reading_seconds: float
+    merging_seconds: float
+
+    @property
+    def stopped_early(self) -> bool:
+        """True when no pair was frequent enough to reach the requested size, as happens with little text."""
+        return self.vocab_size < self.requested_vocab_size
+
+
+ProgressCallback = Callable[[TrainingProgress], None]
+
+
+class BpeTrainer:
+    """Trains a byte-level BPE vocabulary (Sennrich, Haddow and Birch 2016, arXiv:1508.07909).
+
+    Merges and ids equal those of Hugging Face's `trainers.BpeTrainer(initial_alphabet=ByteLevel.alphabet())`, ties
+    included: ids are special tokens, then the 256 bytes, then merged tokens in order.
+
+    Args:
+        vocab_size: ids in all: special tokens, 256 bytes and merges. Training stops early, and says so in `report`,
+            when no pair of tokens is left that occurs `min_frequency` times (and at least once).
+        pattern: how text is split into the words that merges stay inside: "gpt2", "cl100k", "o200k", "llama3" or
+            "qwen2". They treat Hangul alike. "cl100k" keeps digits in groups of three and contractions of any case.
+        special_tokens: strings that get the first ids and that merging never makes part of.
+        min_frequency: least number of occurrences of a pair that is merged.
+
+    Raises:
+        ConfigError: an option makes no sense, such as a vocabulary without room for the 256 bytes.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 8000,
+        *,
+        pattern: str = "cl100k",
+        special_tokens: Sequence[str] = ("<|endoftext|>",),
+        min_frequency: int = 0,
+    ) -> None:
+        if isinstance(special_tokens, str):
+            raise ConfigError(f"special_tokens must be a list of strings, not the string {special_tokens!r}")
+        self.vocab_size = vocab_size
+        self.pattern = pattern
+        self.special_tokens = tuple(special_tokens)
+        self.min_frequency = min_frequency
+        self.report: TrainingReport | None = None
+        """What the last run did; None before the first."""
+        self._check_options()
+
+    def train(self, paths: str | Path | Sequence[str | Path], *, progress: ProgressCallback | None = None) -> Tokenizer:
+        """Trains on UTF-8 text files, each read as one text, in chunks, so that memory does not grow with their size.
+
+        A chunk ends where every pattern would split the text anyhow (after a line end that stands between two texts,
+        or before the space between two words), so the result does not depend on the chunks. A file without any such
+        place is read whole. Line ends are part of the text, as they are when it is encoded.
+
+        `progress` is called after each chunk and about ten times a second while merging. What it raises ends
+        training, and so does Ctrl-C.
+
+        Raises:
+            DataError: a file is missing, a directory, empty, or not UTF-8 (with the byte offset).
+        """
+        files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        if not files:
+            raise DataError("no file to train on was given")
+        total = sum(_checked_size(path) for path in files)
+        return self._run(_read_files(files), total, progress)
+
+    def train_from_iterator(self, texts: Iterable[str], *, progress: ProgressCallback | None = None) -> Tokenizer:
+        """Trains on strings, each a text of its own: no merge depends on where one ends and the next begins.
+
+        Raises:
+            DataError: there is no text, or a string holds a lone surrogate.
+        """
+        if isinstance(texts, str):
+            raise DataError("train_from_iterator takes an iterable of texts; put the one text into a list")
+        return self._run(_gather(texts), None, progress)
+
+    def _check_options(self) -> None:
+        least = 256 + len(self.special_tokens)
+        if self.vocab_size < least:
+            raise ConfigError(
+                f"vocab_size {self.vocab_size} is too small: 256 bytes and {len(self.special_tokens)} special tokens "
+                f"need {least}; give at least that, or more to have merges"
+            )
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(f"vocab_size {self.vocab_size} is above the limit of {MAX_VOCAB_SIZE}")
+        if self.min_frequency < 0:
+            raise ConfigError(f"min_frequency is {self.min_frequency}; give 0 or more")
+        for token in self.special_tokens:
+            if not isinstance(token, str) or not token:
+                raise ConfigError(f"special token {token!r} is not a non-empty string")
+            if token in BYTE_TO_CHAR:
+                raise ConfigError(
+                    f"special token {token!r} is the name of a single byte; give it two or more characters"
+                )
+            if self.special_tokens.count(token) > 1:
+                raise ConfigError(f"special token {token!r} is given twice")
+        try:
+            native().WordCounter(self.pattern, 1)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def _run(self, chunks: Iterable[_Chunk], total_bytes: int | None, progress: ProgressCallback | None) -> Tokenizer:
+        self.report = None
+        counter = native().WordCounter(self.pattern, min(os.cpu_count() or 1, MAX_THREADS))
+        started = time.perf_counter()
+        bytes_read = 0
+        for chunk in chunks:
+            invalid = counter.add(chunk.texts)
+            if invalid is not None:
+                raise chunk.invalid_utf8(*invalid)
+            bytes_read += sum(map(len, chunk.texts))
+            if progress is not None:
+                progress(TrainingProgress("reading", bytes_read, total_bytes))
+        words, distinct_words = counter.total_words, counter.distinct_words
+        if words == 0:
+            raise DataError("there is no text to train on")
+        counted = time.perf_counter()
+
+        tokens = [*(t.encode() for t in self.special_tokens), *map(bytes, zip(_BYTES_IN_ID_ORDER))]
+        first_byte_id = len(self.special_tokens)
+        byte_ids = [0] * 256
+        for i, byte in enumerate(_BYTES_IN_ID_ORDER):
+            byte_ids[byte] = first_byte_id + i
+        merged = counter.train(
+            vocab_size=self.vocab_size,
+            min_frequency=self.min_frequency,
+            byte_ids=byte_ids,
+            first_new_id=len(tokens),
+            known_tokens=self._spelled_in_bytes(),
+            progress=progress and (lambda ids: progress(TrainingProgress("merging", ids, self.vocab_size))),
+        )
+        merges = []
+        for left, right, token in merged:
+            merges.append((tokens[left], tokens[right]))
+            if token < first_byte_id:
+                raise ConfigError(
+                    f"special token {self.special_tokens[token]!r} is also an ordinary word of this text; "
+                    "choose one that no text spells, such as <|name|>"
+                )
+            tokens.append(tokens[left] + tokens[right])
+        self.report = TrainingReport(
+            bytes_read=bytes_read,
+            words=words,
+            distinct_words=distinct_words,
+            merges=len(merges),
+            vocab_size=len(tokens),
+            requested_vocab_size=self.vocab_size,
+            reading_seconds=counted - started,
+            merging_seconds=time.perf_counter() - counted,
+        )
+        if progress is not None:
+            progress(TrainingProgress("merging", len(tokens), len(tokens)))
+        return Tokenizer(
+            {token: i for i, token in enumerate(tokens) if i >= first_byte_id},
+            pattern=self.pattern,
+            special_tokens={token: i for i, token in enumerate(self.special_tokens)},
+            merges=merges,
+        )
+
+    def _spelled_in_bytes(self) -> dict[bytes, int]:
+        """The special tokens that merges of bytes could spell in the format's byte alphabet, as those bytes."""
+        return {
+            bytes(CHAR_TO_BYTE[char] for char in token): i
+            for i, token in enumerate(self.special_tokens)
+            if all(char in CHAR_TO_BYTE for char in token)
+        }
+
+
+# Hugging Face orders the alphabet by the code points that stand for bytes, so "!" comes first and 0xAD last.
+_BYTES_IN_ID_ORDER = sorted(range(256), key=BYTE_TO_CHAR.__getitem__)
+
+
+@dataclass
+class _Chunk:
+    """Texts counted together, and where they come from."""
+
+    texts: list[bytes]
+    path: Path | None = None
+    offset: int = 0  # of the one text in its file
+    first_index: int = 0  # of the first text among the iterator's
+
+    def invalid_utf8(self, index: int, offset: int) -> DataError:
+        where = f"{self.path}" if self.path else f"text {self.first_index + index}"
+        byte = self.texts[index][offset]
+        return DataError(
+            f"{where}: not UTF-8: byte 0x{byte:02x} at offset {self.offset + offset}; "
+            "convert it first, for example with: iconv -f CP949 -t UTF-8"
+        )
+
+
+def _checked_size(path: Path) -> int:
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give its text files")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the path of a UTF-8 text file") from None
+    if size == 0 and path.is_file():
+        raise DataError(f"{path}: the file is empty; there is nothing to learn from")
+    return size
+
+
+def _read_files(paths: list[Path]) -> Iterator[_Chunk]:
+    last_safe_cut = native().last_safe_cut
+    for path in paths:
+        try:
+            handle = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        with handle:
+            rest, offset = b"", 0
+            while block := handle.read(max(CHUNK_BYTES, len(rest))):
+                rest += block
+                cut = last_safe_cut(rest)
+                if cut:
+                    yield _Chunk([rest[:cut]], path, offset)
+                    rest, offset = rest[cut:], offset + cut
+            if rest:
+                yield _Chunk([rest], path, offset)
+
+
+def _gather(texts: Iterable[str]) -> Iterator[_Chunk]:
+    """Texts in groups of about CHUNK_BYTES."""
+    group: list[bytes] = []
+    size = first_index = 0
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index} is a {type(text).__name__}, not a str")
+        try:
+            group.append(text.encode())
+        except UnicodeEncodeError as error:
+            raise DataError(f"text {index}: lone surrogate at character {error.start} cannot be UTF-8") from None
+        size += len(group[-1])
+        if size >= CHUNK_BYTES:
+            yield _Chunk(group, first_index=first_index)
+            group, size, first_index = [], 0, index + 1
+    if group:
+        yield _Chunk(group, first_index=first_index)
