@@ -27,3 +27,7 @@ class CheckpointError(FastlmError, ValueError):
 
 class ConfigError(FastlmError, ValueError):
     """An option or combination of options makes no sense."""
+
+
+class TrainingError(FastlmError, RuntimeError):
+    """Training cannot go on: the loss or the gradients stay not finite."""

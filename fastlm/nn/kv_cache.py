@@ -1,0 +1,84 @@
+"""Keys and values of the tokens seen so far, in memory that is allocated once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import attention
+
+
+class KVCache:
+    """Room for `capacity` tokens in each of `batch_size` rows and each layer. Rows may hold different numbers of
+    tokens.
+
+    `keys[layer]` and `values[layer]` are `(batch_size, capacity, num_kv_heads, head_dim)`; `lengths` is an int64 tensor
+    on the CPU with the number of tokens that each row holds. A model appends to every layer, then calls `advance`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, batch_size, capacity, num_kv_heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def row(self, index: int) -> KVCache:
+        """A cache of one row that shares this one's memory and lengths."""
+        view = object.__new__(KVCache)
+        view.keys = self.keys[:, index : index + 1]
+        view.values = self.values[:, index : index + 1]
+        view.lengths = self.lengths[index : index + 1]
+        return view
+
+    def advance(self, num_tokens: int) -> None:
+        self.lengths += num_tokens
+
+    def clear(self) -> None:
+        self.lengths.zero_()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v after what each row holds, then attends causally from q to all of it.
+
+        q `(batch, seq, heads, head_dim)`, k and v `(batch, seq, kv_heads, head_dim)` -> like q. Rows of different
+        lengths are served one by one, so that no row's arithmetic depends on another.
+
+        Raises:
+            ValueError: when a row has no room for `seq` more tokens.
+        """
+        starts = self.lengths.tolist()
+        seq = q.shape[1]
+        if max(starts) + seq > self.capacity:
+            raise ValueError(f"the cache holds {max(starts)} of {self.capacity} tokens: no room for {seq} more")
+        keys, values = self.keys[layer], self.values[layer]
+        if len(set(starts)) == 1:
+            return _append_and_attend(q, k, v, keys, values, starts[0])
+        rows = [slice(i, i + 1) for i in range(len(starts))]
+        return torch.cat(
+            [
+                _append_and_attend(q[i], k[i], v[i], keys[i], values[i], start)
+                for i, start in zip(rows, starts, strict=True)
+            ]
+        )
+
+
+def _append_and_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    end = start + q.shape[1]
+    keys[:, start:end] = k
+    values[:, start:end] = v
+    out = attention(q, keys[:, :end].to(q.dtype), values[:, :end].to(q.dtype), causal=True)
+    assert isinstance(out, Tensor)
+    return out

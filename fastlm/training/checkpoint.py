@@ -1,0 +1,179 @@
+"""Training checkpoints: everything that the next step depends on, in a directory that appears whole or not at all.
+
+    <run>/checkpoints/step-00000900/
+        config.json, model.safetensors, tokenizer.json      a model directory by itself
+        optimizer.safetensors                               optimizer state and torch's random state
+        state.json                                          step and counters; sizes and SHA-256 of the files above
+
+The last two are kept. <run>/checkpoints/best is the model with the lowest partial evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from fastlm._files import write_atomic
+from fastlm.errors import CheckpointError
+from fastlm.model.checkpoint import LanguageModel, read_json_object, read_tensors, write_config, write_tensors
+from fastlm.training.optimizer import Optimizer
+from fastlm.training.prepare import sha256_file
+
+KEPT = 2
+RANDOM_STATE = "torch_random_state"
+HASHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors")
+
+
+@dataclass
+class TrainingState:
+    """What training knows beside weights and optimizer state. The next batch to read is that of `step`."""
+
+    step: int = 0  # steps done
+    total_steps: int | None = None  # None until a run limited by time has fixed it
+    seconds: float = 0.0  # spent in the loop, over all interruptions
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    evaluations: int = 0
+    best_bits_per_byte: float | None = None
+
+
+def checkpoint_directories(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(
+    run: Path, model: LanguageModel, optimizer: Optimizer, state: TrainingState, *, eos_token_id: int
+) -> Path:
+    """Writes a checkpoint, then makes the run's own model.safetensors the same file, then drops all but the last two.
+
+    Raises:
+        CheckpointError: it could not be written, for example because the disk is full; earlier ones are untouched.
+    """
+    directory = run / "checkpoints" / f"step-{state.step:08d}"
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_model(temporary, run, model, eos_token_id)
+        tensors = optimizer.state_tensors() | {RANDOM_STATE: torch.get_rng_state()}
+        write_tensors(tensors, temporary / "optimizer.safetensors")
+        files = {
+            n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in HASHED_FILES
+        }
+        write_atomic(temporary / "state.json", json.dumps({"state": asdict(state), "files": files}, indent=2) + "\n")
+        _replace_directory(temporary, directory)
+        _link(directory / "model.safetensors", run / "model.safetensors")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write the checkpoint {directory}: {error.strerror or error}; "
+            "earlier checkpoints are whole: make room and run the same command to go on"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoint_directories(run)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def save_best(run: Path, model: LanguageModel, *, eos_token_id: int) -> None:
+    """Replaces <run>/checkpoints/best by the model as it is now. Raises CheckpointError when that fails."""
+    directory = run / "checkpoints" / "best"
+    temporary = directory.with_name(f".best.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_model(temporary, run, model, eos_token_id)
+        _replace_directory(temporary, directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"could not write {directory}: {error.strerror or error}; make room") from error
+
+
+def load_checkpoint(directory: Path, model: LanguageModel, optimizer: Optimizer) -> TrainingState:
+    """Puts a checkpoint into a model and an optimizer that were built from the same configuration.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt; the message names an earlier intact checkpoint.
+    """
+    try:
+        state, files = _read_state(directory)
+        _check_files(directory, files)
+        model.load_state_dict(read_tensors(directory / "model.safetensors"))
+        tensors = read_tensors(directory / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop(RANDOM_STATE))
+        optimizer.load_state_tensors(tensors)
+    except (CheckpointError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{directory} is damaged: {error}; {_advice(directory)}") from error
+    return state
+
+
+def _advice(damaged: Path) -> str:
+    for earlier in reversed(checkpoint_directories(damaged.parent.parent)):
+        with suppress(CheckpointError):
+            if earlier.name < damaged.name:
+                _check_files(earlier, _read_state(earlier)[1])
+                return f"{earlier} is intact: delete the damaged directory to go on from there"
+    return "no earlier checkpoint is intact: use --overwrite to start again"
+
+
+def _read_state(directory: Path) -> tuple[TrainingState, dict[str, dict[str, object]]]:
+    content = read_json_object(directory / "state.json")
+    try:
+        known = {f.name for f in fields(TrainingState)}
+        if content["state"].keys() != known or type(content["state"]["step"]) is not int:
+            raise ValueError("it does not hold a training state")
+        return TrainingState(**content["state"]), {name: dict(content["files"][name]) for name in HASHED_FILES}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"state.json is corrupt ({error})") from None
+
+
+def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != expected.get("bytes"):
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes instead of {expected.get('bytes')}")
+        if sha256_file(path) != expected.get("sha256"):
+            raise CheckpointError(f"the content of {name} has changed since it was written")
+
+
+def _write_model(directory: Path, run: Path, model: LanguageModel, eos_token_id: int) -> None:
+    write_config(model.config, directory, eos_token_id=eos_token_id)
+    write_tensors({n: t.detach().contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    _link(run / "tokenizer.json", directory / "tokenizer.json")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, at once; a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _replace_directory(temporary: Path, directory: Path) -> None:
+    """Renames `temporary` to `directory`. One that is there already is moved aside first and then removed."""
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if directory.exists():
+        os.rename(directory, aside)
+    os.rename(temporary, directory)
+    shutil.rmtree(aside, ignore_errors=True)
+    descriptor = os.open(directory.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
