@@ -162,13 +162,18 @@ class BpeTrainer:
         byte_ids = [0] * 256
         for i, byte in enumerate(_BYTES_IN_ID_ORDER):
             byte_ids[byte] = first_byte_id + i
+
+        def report_merging(ids_in_use: int) -> None:
+            if progress is not None:
+                progress(TrainingProgress("merging", ids_in_use, self.vocab_size))
+
         merged = counter.train(
             vocab_size=self.vocab_size,
             min_frequency=self.min_frequency,
             byte_ids=byte_ids,
             first_new_id=len(tokens),
             known_tokens=self._spelled_in_bytes(),
-            progress=progress and (lambda ids: progress(TrainingProgress("merging", ids, self.vocab_size))),
+            progress=report_merging,
         )
         merges = []
         for left, right, token in merged:
