@@ -70,6 +70,10 @@ class RNNState:
         """The state of one row, sharing memory."""
         return RNNState(tuple(t[:, index : index + 1] for t in self.tensors), self.lengths[index : index + 1])
 
+    def select(self, rows: list[int]) -> RNNState:
+        """The states of some rows, in that order, in memory of their own."""
+        return RNNState(tuple(t[:, rows] for t in self.tensors), self.lengths[rows])
+
     def replace(self, tensors: tuple[Tensor, ...], num_tokens: int) -> None:
         for mine, new in zip(self.tensors, tensors, strict=True):
             mine.copy_(new)

@@ -5,6 +5,5 @@ from fastlm.nn.kv_cache import KVCache
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import SwiGLU
 from fastlm.nn.normalization import RMSNorm
-from fastlm.nn.sampler import Sampler
 
-__all__ = ["Attention", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "Sampler", "SwiGLU"]
+__all__ = ["Attention", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]

@@ -44,6 +44,13 @@ class KVCache:
         view.lengths = self.lengths[index : index + 1]
         return view
 
+    def select(self, rows: list[int]) -> KVCache:
+        """A cache of some rows, in that order, in memory of its own."""
+        chosen = object.__new__(KVCache)
+        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
+        chosen.lengths = self.lengths[rows]
+        return chosen
+
     def advance(self, num_tokens: int) -> None:
         self.lengths += num_tokens
 

@@ -3,7 +3,7 @@
 from fastlm.training.config import PRESETS, TrainingConfig, rnn_config, transformer_config
 from fastlm.training.data import TokenDataset
 from fastlm.training.evaluate import Evaluation, evaluate
-from fastlm.training.prepare import prepare
+from fastlm.training.preparation import prepare
 from fastlm.training.trainer import Progress, TrainingResult, train
 
 __all__ = [

@@ -22,8 +22,8 @@ import torch
 from fastlm._files import write_atomic
 from fastlm.errors import CheckpointError
 from fastlm.model.checkpoint import LanguageModel, read_json_object, read_tensors, write_config, write_tensors
+from fastlm.training.data import sha256_file
 from fastlm.training.optimizer import Optimizer
-from fastlm.training.prepare import sha256_file
 
 KEPT = 2
 RANDOM_STATE = "torch_random_state"

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from fastlm.errors import ConfigError
 from fastlm.model.config import ModelConfig
 from fastlm.model.rnn import RNNConfig
@@ -73,6 +75,19 @@ PRESETS = {
     "small": Preset(hidden_size=384, num_layers=6, head_dim=64, context_length=256, batch_size=16),
     "base": Preset(hidden_size=768, num_layers=12, head_dim=64, context_length=512, batch_size=32),
 }
+
+
+def preset_for(train_bytes: int, minutes: float | None) -> str:
+    """A name in PRESETS: a larger model pays when there is time for it and text that it does not learn by heart."""
+    if train_bytes < 8 << 20 or minutes is None or minutes < 20:
+        return "tiny"
+    return "small" if train_bytes < 256 << 20 or minutes < 600 else "base"
+
+
+def fast_dtype() -> Literal["float32", "bfloat16"]:
+    """What layers compute in fastest on this machine's CPU: bfloat16 where it has instructions for it."""
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if has_bfloat16() else "float32"
 
 
 def transformer_config(

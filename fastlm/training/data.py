@@ -183,3 +183,11 @@ class WindowSampler:
             self._starts = offset + self.context_length * rng.permutation(self.windows)
             self._epoch = epoch
         return int(self._starts[place])
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

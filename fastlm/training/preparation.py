@@ -18,7 +18,7 @@ import numpy as np
 from fastlm._files import write_atomic
 from fastlm.errors import ConfigError, DataError
 from fastlm.tokenizer import BpeTrainer, Tokenizer
-from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset
+from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset, sha256_file
 
 CHUNK_BYTES = 4 << 20  # text encoded at once; bounds memory
 LINE_SEARCH_BYTES = 64 << 10  # how far back from 90 % a line start is looked for
@@ -212,11 +212,3 @@ def _split_point(path: Path, valid_fraction: float) -> int:
     if not 0 < cut < size:
         raise DataError(f"{path} has {size} bytes: too short to split into training and validation; give more text")
     return cut
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,0 +1,338 @@
+"""`fastlm train`: from text, or prepared data, to a model that `fastlm generate` and Hugging Face load."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastlm.cli.output import JsonFlag, console, print_json, status_console
+from fastlm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fastlm.training.config import Preset, TrainingConfig
+    from fastlm.training.data import TokenDataset
+    from fastlm.training.run_directory import RunDescription
+    from fastlm.training.trainer import Progress, TrainingResult
+
+DEFAULT_MINUTES = 3.0
+
+
+class Architecture(str, Enum):
+    transformer = "transformer"
+    lstm = "lstm"
+    gru = "gru"
+
+
+class PresetName(str, Enum):
+    tiny = "tiny"
+    small = "small"
+    base = "base"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run; an unfinished one there goes on.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", "-d", help="UTF-8 text file; repeat for more. Or a directory made by `fastlm prepare`."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Wall-clock, all in all. [default: 3]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps, instead of --minutes.")] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option("--preset", help="Size of the model. [default: by text and time]")
+    ] = None,
+    architecture: Annotated[
+        Architecture | None, typer.Option("--architecture", help="transformer, or a network to compare it with.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option("--hidden-size", help="Width, instead of the preset's.")] = None,
+    num_layers: Annotated[int | None, typer.Option("--num-layers", help="Depth, instead of the preset's.")] = None,
+    context_length: Annotated[int | None, typer.Option("--context-length", help="Tokens of a sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences of a step.")] = None,
+    accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
+    embedding_lr: Annotated[float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="What layers compute in. [default: the faster on this machine]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of weights and data order. [default: 0]")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="tokenizer.json. [default: train one on the text]")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", "-v", help="Of the trained tokenizer. [default: by amount of text]")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Go on with the run in --out; or refuse to. [default: if there is one]"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a language model. Ctrl-C saves a checkpoint and says how to go on.
+
+    Example: fastlm train --data book.txt --out run --minutes 3
+    """
+    started_at = time.monotonic()
+    from fastlm.training.run_directory import is_finished, read_run
+
+    if minutes is not None and steps is not None:
+        raise ConfigError("give --minutes or --steps, not both")
+    if overwrite and resume:
+        raise ConfigError("give --resume or --overwrite, not both")
+    given_training = {
+        "minutes": minutes,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "learning_rate": lr,
+        "embedding_learning_rate": embedding_lr,
+        "dtype": dtype and dtype.value,
+        "seed": seed,
+    }
+    given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
+    existing = None if overwrite else read_run(out)
+    if existing is not None:
+        if resume is False:
+            raise ConfigError(f"{out} holds a run; give another --out, or --overwrite to replace it")
+        if is_finished(out):
+            raise ConfigError(f"{out} holds a finished run; give another --out, or --overwrite to replace it")
+        given: dict[str, Any] = {**given_training, **given_model, "vocab_size": vocab_size}
+        given["architecture"] = architecture and architecture.value
+        given["preset"] = preset and preset.value
+        dataset = _recorded_data(out, existing, data)
+        _check_unchanged(out, existing, given)
+        description = existing
+    elif resume:
+        raise ConfigError(f"{out} holds no run to go on with; leave out --resume to start one")
+    else:
+        if not data:
+            raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
+        dataset = _new_data(out, data, tokenizer, vocab_size, overwrite)
+        description = _describe(dataset, given_training, given_model, architecture, preset)
+    _run(out, description, dataset, started_at, as_json)
+
+
+def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_at: float, as_json: bool) -> None:
+    from fastlm.training import train
+
+    with _Display() as display, _stop_on_signal() as stop:
+        result = train(
+            description.model,
+            description.training,
+            dataset,
+            out,
+            on_progress=display.update,
+            should_stop=lambda: stop["asked"],
+            started_at=started_at,
+        )
+    if result.interrupted:
+        again = shlex.join(["fastlm", "train", "--out", str(out), "--resume"])
+        status_console.print(
+            f"stopped at step {result.steps:,}, saved; go on with: {again}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+        raise typer.Exit(130)
+    if as_json:
+        print_json({"out": str(out), **asdict(result)})
+    else:
+        _print_result(out, result)
+
+
+def _describe(
+    dataset: TokenDataset,
+    given_training: dict[str, Any],
+    given_model: dict[str, Any],
+    architecture: Architecture | None,
+    preset_name: PresetName | None,
+) -> RunDescription:
+    """A new run: what was given, and defaults that suit the text, the time and the machine."""
+    from fastlm.training import PRESETS, TrainingConfig, rnn_config, transformer_config
+    from fastlm.training.config import fast_dtype, preset_for
+    from fastlm.training.run_directory import RunDescription
+
+    training = {name: value for name, value in given_training.items() if value is not None}
+    if "steps" not in training:
+        training.setdefault("minutes", DEFAULT_MINUTES)
+    name = preset_name.value if preset_name else preset_for(dataset.train.num_bytes, training.get("minutes"))
+    preset = replace(PRESETS[name], **{k: v for k, v in given_model.items() if v is not None})
+    cell = architecture.value if architecture else "transformer"
+    vocab_size = dataset.tokenizer.vocab_size
+    config: TrainingConfig = TrainingConfig(
+        **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
+    )
+    model = transformer_config(vocab_size, preset) if cell == "transformer" else rnn_config(vocab_size, preset, cell)
+    return RunDescription(model, config, str(dataset.directory.resolve()), dataset.manifest.fingerprint)
+
+
+def _new_data(
+    out: Path, data: list[Path], tokenizer: Path | None, vocab_size: int | None, overwrite: bool
+) -> TokenDataset:
+    """Opens a prepared directory, or prepares text in <out>/data. An earlier run is deleted when nothing failed."""
+    from fastlm.tokenizer import Tokenizer
+    from fastlm.training import TokenDataset, prepare
+    from fastlm.training.run_directory import delete_run
+
+    directories = [path for path in data if path.is_dir()]
+    if directories:
+        if len(data) > 1:
+            raise ConfigError(f"{directories[0]} is a directory; give one prepared directory, or text files")
+        if tokenizer is not None or vocab_size is not None:
+            raise ConfigError("prepared data has its tokenizer; leave out --tokenizer and --vocab-size")
+        dataset = TokenDataset(directories[0])
+        if overwrite:
+            if dataset.directory.resolve() == (out / "data").resolve():
+                raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
+            delete_run(out)
+        return dataset
+    given = Tokenizer.from_file(tokenizer) if tokenizer is not None else None
+    with status_console.status("tokenizing"):
+        if not overwrite:
+            return prepare(data, out / "data", tokenizer=given, vocab_size=vocab_size)
+        fresh = out / f".data.{os.getpid()}"
+        prepare(data, fresh, tokenizer=given, vocab_size=vocab_size)
+    delete_run(out)
+    fresh.rename(out / "data")
+    return TokenDataset(out / "data")
+
+
+def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset:
+    """The data of an unfinished run. Raises ConfigError when other data was given, or it is no longer the same."""
+    from fastlm.training import TokenDataset
+    from fastlm.training.data import sha256_file
+
+    inside = out / "data"
+    dataset = TokenDataset(inside if inside.is_dir() else run.data)
+    changed = dataset.manifest.fingerprint != run.data_fingerprint
+    if data and data[0].is_dir():
+        changed |= TokenDataset(data[0]).manifest.fingerprint != run.data_fingerprint
+    elif data:
+        missing = [path for path in data if not path.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]} does not exist; give a text file")
+        changed |= [sha256_file(path) for path in data] != [s["sha256"] for s in dataset.manifest.sources]
+    if changed:
+        raise ConfigError(
+            f"{out} holds an unfinished run on other --data; "
+            "give the same data to continue it, or --overwrite to replace it"
+        )
+    return dataset
+
+
+def _check_unchanged(out: Path, run: RunDescription, given: dict[str, Any]) -> None:
+    """Raises ConfigError when an option was given whose value differs from the recorded one."""
+    from fastlm.training import PRESETS
+
+    recorded: dict[str, Any] = {**asdict(run.training), **asdict(run.model)}
+    recorded["architecture"] = recorded.get("cell", "transformer")
+    for name, value in given.items():
+        if name == "preset":
+            continue
+        if value is not None and value != recorded[name]:
+            raise _conflict(out, name, recorded[name], value)
+    if given["preset"] is not None:
+        preset: Preset = PRESETS[given["preset"]]
+        for name in ("hidden_size", "num_layers", "context_length", "batch_size"):
+            if given[name] is None and getattr(preset, name) != recorded[name]:
+                raise _conflict(out, name, recorded[name], getattr(preset, name))
+
+
+def _conflict(out: Path, name: str, recorded: object, value: object) -> ConfigError:
+    return ConfigError(
+        f"{out} holds an unfinished run with {name} {recorded}, and this command asks for {value}; "
+        "give the same options to continue it, or --overwrite to replace it"
+    )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[dict[str, bool]]:
+    """Ctrl-C and SIGTERM ask for a stop after the step; a second one ends at once."""
+    stop = {"asked": False}
+
+    def handle(number: int, _frame: object) -> None:
+        if stop["asked"]:
+            raise KeyboardInterrupt
+        stop["asked"] = True
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """A bar on a terminal; elsewhere a line for each evaluation. On stderr."""
+
+    def __init__(self) -> None:
+        from rich import progress as rich
+
+        self._bar = rich.Progress(
+            rich.TextColumn("step {task.fields[step]}"),
+            rich.BarColumn(),
+            rich.TaskProgressColumn(),
+            rich.TextColumn("{task.fields[figures]}"),
+            console=status_console,
+            disable=not status_console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=1.0, step="0", figures="")
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, now: Progress) -> None:
+        step = f"{now.step:,}" + (f"/{now.total_steps:,}" if now.total_steps else "")
+        figures = f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
+        if now.valid_bits_per_byte is not None:
+            figures += f"  valid {now.valid_bits_per_byte:.3f} bits/byte"
+        if now.skipped_steps:
+            figures += f"  {now.skipped_steps} steps skipped: not finite"
+        if now.stage == "final evaluation":
+            figures += "  scoring all of the validation text"
+        elif now.seconds_left is not None:
+            figures += f"  {_duration(now.seconds_left)} left"
+        self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
+        if not status_console.is_terminal and now.stage != "training":
+            status_console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _print_result(out: Path, result: TrainingResult) -> None:
+    lines = [
+        f"validation: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats a token, "
+        f"perplexity {result.perplexity:.2f}",
+        f"{result.parameters:,} parameters, {result.steps:,} steps, {result.tokens:,} tokens "
+        f"in {_duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
+        f"{out}: model, tokenizer, loss.png, log.jsonl; try: "
+        + shlex.join(["fastlm", "generate", "--checkpoint", str(out), "--prompt", "…"]),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
