@@ -76,7 +76,7 @@ def linear_cross_entropy(
     return outputs if return_metrics else outputs[0]
 
 
-OP = Op("linear_cross_entropy", linear_cross_entropy, ("cpu", "reference"))
+OP = Op("linear_cross_entropy", linear_cross_entropy, ("triton", "cpu", "reference"))
 
 
 def _run_token_losses(

@@ -31,9 +31,7 @@ def token_losses(
     tokens = hidden.shape[0]
     targets = targets.contiguous()
     scale = scale.contiguous() if scale is not None and (needs_hidden or needs_weight) else None
-    losses, logprobs, entropy = (
-        torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)
-    )
+    losses, logprobs, entropy = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
     chunks = -(-tokens // chunk_size)
     sum_dtype = weight.dtype if chunks <= MAX_ROUNDED_SUMS else torch.float32

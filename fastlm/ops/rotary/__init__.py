@@ -98,7 +98,7 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-OP = Op("rotary", rotary, ("reference",))
+OP = Op("rotary", rotary, ("triton", "reference"))
 
 
 def _run(

@@ -1,0 +1,152 @@
+"""On a GPU: chunks of tokens, matrix products by torch, and between them one Triton kernel. A program takes one row of
+logits: a first pass keeps the running maximum, normaliser and entropy sum (online softmax, arXiv 1805.02867), a second
+writes the gradient over the logits. The row (256 KB in bf16 at a vocabulary of 128k) is still in L2 for the second pass,
+so memory sees one read and one write of each logit. No atomics: results are the same at every run.
+
+At most 8 chunks, so the weight's gradient is read and written 8 times at most, and at least 1024 rows each, below which
+the products would wait for the weight's bytes: logits take an eighth of one (tokens, vocab_size) tensor, of which the
+plain version holds at least three.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.ops.linear_cross_entropy import chunked
+
+BLOCK = 4096  # logits of a row at once: 16 for each of 256 threads
+MIN_CHUNK = 1024
+MAX_CHUNKS = chunked.MAX_ROUNDED_SUMS
+
+
+def supports(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+    return_metrics: bool,
+) -> str | None:
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"supports fp32, bf16 and fp16, not {hidden.dtype}"
+    return None
+
+
+@triton.jit
+def _tanh(x):
+    """By its Taylor series near 0, where the exponential form cancels."""
+    squared = x * x
+    series = x + x * squared * (-0.33333333 + squared * (0.13333333 + squared * (-0.05396825 + squared * 0.02186949)))
+    return tl.where(squared < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+
+
+@triton.jit
+def _kernel(
+    logits_ptr, targets_ptr, scale_ptr, losses_ptr, logprobs_ptr, entropy_ptr,
+    stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    columns = tl.arange(0, BLOCK)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        if HAS_SCALE:
+            for start in range(0, vocab_size, BLOCK):
+                mask = start + columns < vocab_size
+                tl.store(logits_ptr + start + columns, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask)
+    else:
+        in_range = (target >= 0) & (target < vocab_size)
+        target_logit = tl.load(logits_ptr + target, in_range, float("nan")).to(tl.float32)
+        if HAS_SOFTCAP:
+            target_logit = softcap * _tanh(target_logit / softcap)
+        peak = tl.full((), -1e30, tl.float32)
+        exp_sum = tl.zeros((BLOCK,), tl.float32)
+        weighted_sum = tl.zeros((BLOCK,), tl.float32)  # of exp(x - peak) · (x - peak)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            mask = start + columns < vocab_size
+            x = tl.load(logits_ptr + start + columns, mask, 0.0).to(tl.float32)
+            if HAS_SOFTCAP:
+                x = softcap * _tanh(x / softcap)
+            total += tl.where(mask, x, 0.0)
+            new_peak = tl.maximum(peak, tl.max(tl.where(mask, x, -1e30)))
+            shrink = tl.exp(peak - new_peak)
+            weighted_sum = (weighted_sum + exp_sum * (peak - new_peak)) * shrink
+            peak = new_peak
+            e = tl.where(mask, tl.exp(x - peak), 0.0)
+            exp_sum = exp_sum * shrink + e
+            weighted_sum += tl.where(mask, e * (x - peak), 0.0)
+        normalizer = tl.sum(exp_sum)
+        log_normalizer = tl.log(normalizer)
+        lse = peak + log_normalizer
+        logprob = (target_logit - peak) - log_normalizer
+        mean = tl.sum(total) / vocab_size
+        loss = -(1.0 - label_smoothing) * logprob + label_smoothing * (lse - mean) + z_loss * lse * lse
+        tl.store(losses_ptr + row, loss)
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropy_ptr + row, log_normalizer - tl.sum(weighted_sum) / normalizer)
+        if HAS_SCALE:
+            scale = tl.where(in_range, tl.load(scale_ptr + row), float("nan"))
+            factor = scale * (1.0 + 2.0 * z_loss * lse) / normalizer
+            uniform = scale * label_smoothing / vocab_size
+            at_target = scale * (1.0 - label_smoothing)
+            for start in range(0, vocab_size, BLOCK):
+                mask = start + columns < vocab_size
+                x = tl.load(logits_ptr + start + columns, mask, 0.0).to(tl.float32)
+                slope = 1.0
+                if HAS_SOFTCAP:
+                    tanh = _tanh(x / softcap)
+                    x = softcap * tanh
+                    slope = 1.0 - tanh * tanh
+                gradient = tl.exp(x - peak) * factor - uniform
+                gradient -= tl.where(start + columns == target, at_target, 0.0)
+                tl.store(logits_ptr + start + columns, gradient * slope, mask)
+
+
+def _launch(
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor | None,
+    losses: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> None:
+    _kernel[(logits.shape[0],)](
+        logits, targets, losses if scale is None else scale, losses, logprobs, entropy,
+        logits.stride(0), logits.shape[1], ignore_index, label_smoothing, z_loss, 1.0 if softcap is None else softcap,
+        HAS_SCALE=scale is not None, HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel = partial(_launch, ignore_index, label_smoothing, z_loss, softcap)
+    chunk_size = max(MIN_CHUNK, triton.cdiv(hidden.shape[0], MAX_CHUNKS))
+    return chunked.token_losses(kernel, chunk_size, hidden, weight, targets, scale, needs_hidden, needs_weight)
