@@ -43,6 +43,10 @@ constexpr size_t kReleaseGilBytes = 512;
                           "}; to encode it as ordinary text, pass disallowed_special=()");
 }
 
+[[noreturn]] void raise_unknown(const std::string& id, size_t position) {
+    raise_tokenizer_error("id " + id + " at position " + std::to_string(position) + " is not in the vocabulary");
+}
+
 // Valid while `text` lives. Raises UnicodeEncodeError on lone surrogates.
 std::string_view utf8(py::handle text) {
     if (!PyUnicode_Check(text.ptr())) {
@@ -54,36 +58,43 @@ std::string_view utf8(py::handle text) {
     return {data, static_cast<size_t>(size)};
 }
 
-uint32_t id_of(py::handle value, size_t position) {
+// None for an int outside 0 … UINT32_MAX - 1. Raises TypeError for what is no int.
+std::optional<uint32_t> small_int(py::handle value) {
     const long id = PyLong_AsLong(value.ptr());
     if (id == -1 && PyErr_Occurred()) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
         PyErr_Clear();
     }
-    if (id < 0 || static_cast<unsigned long>(id) > UINT32_MAX - 1) {
-        raise_tokenizer_error("id " + std::string(py::str(value)) + " at position " + std::to_string(position) +
-                              " is not in the vocabulary");
-    }
+    if (id < 0 || static_cast<unsigned long>(id) >= UINT32_MAX) return std::nullopt;
     return static_cast<uint32_t>(id);
+}
+
+uint32_t id_of_token(py::handle token, py::handle value) {
+    const auto id = small_int(value);
+    if (id && *id <= kMaxId) return *id;
+    raise_tokenizer_error("the token " + std::string(py::repr(token)).substr(0, 80) + " has the id " +
+                          std::string(py::str(value)) + ", which is not in 0 … " + std::to_string(kMaxId));
 }
 
 class Encoder {
 public:
     Encoder(const py::dict& tokens, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>& merges,
-            const std::string& pattern, const std::vector<std::pair<std::string, uint32_t>>& special_tokens)
+            const std::string& pattern, const py::dict& special_tokens)
         : pattern_(pattern.empty() ? std::nullopt : std::optional(pattern_from_name(pattern))) {
         std::vector<std::pair<std::string, uint32_t>> list;
         list.reserve(tokens.size());
         for (const auto& [token, id] : tokens) {
             if (!PyBytes_Check(token.ptr())) throw py::type_error("mergeable_ranks must map bytes to int");
-            list.emplace_back(std::string(py::reinterpret_borrow<py::bytes>(token)), id_of(id, list.size()));
+            list.emplace_back(std::string(py::reinterpret_borrow<py::bytes>(token)), id_of_token(token, id));
         }
         {
             const py::gil_scoped_release release;
             bpe_ = std::make_unique<BpeEncoder>(list, merges);
         }
-        for (const auto& [token, id] : special_tokens) {
-            if (id > kMaxId) raise_tokenizer_error("special token '" + token + "' has an id above the limit");
+        for (const auto& [text, value] : special_tokens) {
+            const std::string token(utf8(text));
+            const uint32_t id = id_of_token(text, value);
+            if (token.empty()) raise_tokenizer_error("a special token is empty");
             if (bpe_->vocabulary().has(id)) {
                 raise_tokenizer_error("special token '" + token + "' has the id " + std::to_string(id) +
                                       " of an ordinary token");
@@ -163,7 +174,9 @@ public:
         std::string out;
         for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.ptr()); ++i) {
             const py::handle value = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-            out += bytes_of(id_of(value, static_cast<size_t>(i)), static_cast<size_t>(i));
+            const auto id = small_int(value);
+            if (!id) raise_unknown(py::str(value), static_cast<size_t>(i));
+            out += bytes_of(*id, static_cast<size_t>(i));
         }
         return py::bytes(out);
     }
@@ -185,10 +198,7 @@ private:
     std::string_view bytes_of(uint32_t id, size_t position) const {
         if (bpe_->vocabulary().has(id)) return bpe_->vocabulary().bytes(id);
         const auto found = special_bytes_.find(id);
-        if (found == special_bytes_.end()) {
-            raise_tokenizer_error("id " + std::to_string(id) + " at position " + std::to_string(position) +
-                                  " is not in the vocabulary");
-        }
+        if (found == special_bytes_.end()) raise_unknown(std::to_string(id), position);
         return found->second;
     }
 
@@ -283,7 +293,7 @@ void bind_tokenizer(py::module_& m) {
 
     py::class_<Encoder>(m, "BpeEncoder", "Byte-pair encoding with a fixed vocabulary.")
         .def(py::init<const py::dict&, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>&,
-                      const std::string&, const std::vector<std::pair<std::string, uint32_t>>&>(),
+                      const std::string&, const py::dict&>(),
              arg("tokens"), arg("merges"), arg("pattern"), arg("special_tokens"))
         .def("encode", &Encoder::encode, arg("text"), arg("allowed") = nullptr, arg("disallowed") = nullptr)
         .def("encode_to_numpy", &Encoder::encode_to_numpy, arg("text"), arg("allowed") = nullptr,

@@ -128,7 +128,9 @@ def load_tiktoken(
             f"{name_or_path}: neither a file nor the name of an encoding; names are {', '.join(ENCODINGS)}"
         )
     if pattern is None:
-        raise TokenizerError(f"{path}: a .tiktoken file does not say how text is split; pass pattern=, such as 'cl100k'")
+        raise TokenizerError(
+            f"{path}: a .tiktoken file does not say how text is split; pass pattern=, such as 'cl100k'"
+        )
     ranks = parse_ranks(_read(path), str(path))
     return Tokenizer(ranks, pattern=pattern, special_tokens=special_tokens, name=path.stem)
 
@@ -149,7 +151,9 @@ def parse_ranks(data: bytes, source: str) -> dict[bytes, int]:
             if not rank.isdigit() or len(rank) > 9:
                 raise ValueError("no rank")
         except (ValueError, binascii.Error):
-            raise TokenizerError(f"{source}: line {number} is {line[:60]!r}, not a token in base64 and a rank") from None
+            raise TokenizerError(
+                f"{source}: line {number} is {line[:60]!r}, not a token in base64 and a rank"
+            ) from None
         if token in ranks:
             raise TokenizerError(f"{source}: line {number}: the token {token[:60]!r} is there twice")
         ranks[token] = int(rank)

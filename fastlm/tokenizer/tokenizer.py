@@ -289,7 +289,7 @@ class Tokenizer:
                 raise TokenizerError(f"merges use {error}, which is no token") from None
         pattern = "" if self._regex is not None else self.pattern
         try:
-            return native().BpeEncoder(self.mergeable_ranks, merges, pattern, list(self.special_tokens.items()))
+            return native().BpeEncoder(self.mergeable_ranks, merges, pattern, self.special_tokens)
         except TokenizerError:
             raise
         except ValueError as error:
