@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from typing import AbstractSet as Set
 
 import numpy as np
 import regex
@@ -359,7 +358,8 @@ def _compile(pattern: str) -> regex.Pattern[str]:
         return regex.compile(pattern)
     except regex.error as error:
         raise TokenizerError(
-            f"the pattern {pattern!r:.80} is neither a name ({', '.join(PATTERN_NAMES)}) nor a regular expression: {error}"
+            f"the pattern {pattern!r:.80} is neither a name ({', '.join(PATTERN_NAMES)}) nor a regular expression: "
+            f"{error}"
         ) from None
 
 

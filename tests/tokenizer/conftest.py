@@ -23,7 +23,7 @@ NAMES = ("cl100k_base", "o200k_base")
 
 KOREAN = (
     "안녕하세요. 이 글은 토크나이저를 시험하려고 쓴 짧은 글입니다.\n\n한국어는 조사와 어미가 붙어서 같은 낱말도 여러 "
-    "모양이 된다: 갔다, 갔었는데, 가겠습니다! 옛말 ᄒᆞᆫ글, 자모 ㅋㅋㅋㅋ ㅠㅠ, 섞어 쓰기 BTS의 노래 3곡, 값은 12,345원~\r\n"
+    "모양이 된다: 갔다, 갔었는데, 가겠습니다! 옛말 ᄒᆞᆫ글, 자모 ㅋㅋㅋㅋ ㅠㅠ, BTS의 노래 3곡, 값은 12,345원~\r\n"
 ) * 3
 EMOJI = "👩‍👩‍👧‍👦 hugs 👍🏽! 🇰🇷🇺🇸 naïve café ☕️ → ∑∫√ ﷽ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 Zalgo t̵̢̛̜͝e̷͓͠x̶̛͖t\u200b\u2028 İstanbul 'ſ it'ſ K"
 SPACES = " \t\r\n  \n\n\n   x  \u00a0\u3000 y\u2003\u2003z\x0b\x0c \r\r\n \n  \u0085end   "
@@ -96,7 +96,7 @@ def small_ranks(real_texts: dict[str, str]) -> dict[bytes, int]:
 
 @pytest.fixture(scope="session")
 def newer_characters() -> set[str]:
-    """Characters that the installed `regex` and tiktoken class differently: those that a later Unicode added or moved."""
+    """Characters that the installed `regex` and tiktoken class differently, as a later Unicode added or moved them."""
     everything = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
     single_bytes = {bytes([i]): i for i in range(256)}
     differ: set[str] = set()
