@@ -83,12 +83,14 @@ def prepare(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
+        tokenizer.save(temporary / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(temporary / "tokenizer.json")  # what will be read: same ids, same fingerprint
+        assert tokenizer.eos_token_id is not None
         writer = _Writer(temporary, tokenizer, sum(sizes), on_progress)
         splits = {
             "train": writer.write("train", [(p, 0, cut) for p, cut in zip(paths, cuts, strict=True)]),
             "valid": writer.write("valid", [(p, cut, n) for p, cut, n in zip(paths, cuts, sizes, strict=True)]),
         }
-        tokenizer.save(temporary / "tokenizer.json")
         manifest = Manifest(
             version=FORMAT_VERSION,
             dtype=writer.dtype.name,
