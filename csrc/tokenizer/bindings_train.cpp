@@ -62,8 +62,8 @@ void bind_tokenizer_train(py::module_& m) {
              "and then counts none of them.")
         .def("train", &train, py::arg("vocab_size"), py::arg("min_frequency"), py::arg("byte_ids"),
              py::arg("first_new_id"), py::arg("known_tokens"), py::arg("progress"),
-             "Returns [(left id, right id, id of the merged token)] and empties the counter. `progress` may be None; it "
-             "gets the number of ids in use about ten times a second, and training ends with what it raises.")
+             "Returns [(left id, right id, id of the merged token)] and empties the counter. `progress` may be None; "
+             "it gets the number of ids in use about ten times a second, and training ends with what it raises.")
         .def_property_readonly("total_words", &WordCounter::total_words)
         .def_property_readonly("distinct_words", &WordCounter::distinct_words);
     m.def(

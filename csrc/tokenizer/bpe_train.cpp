@@ -16,83 +16,20 @@
 #include <queue>
 #include <stdexcept>
 
+#include "tokenizer/pair_table.hpp"
+
 namespace fastlm::tokenizer {
 namespace {
-
-using Symbol = uint32_t;
-
-constexpr uint32_t kNotListed = UINT32_MAX;
 
 // Each threshold is this many times lower than the last: few passes, and few pairs listed that never get merged.
 constexpr uint64_t kThresholdStep = 16;
 constexpr size_t kSketchBuckets = size_t{1} << 20;
 constexpr auto kProgressInterval = std::chrono::milliseconds(100);
 
-uint64_t pair_key(Symbol left, Symbol right) { return static_cast<uint64_t>(left) << 32 | right; }
-Symbol left_of(uint64_t key) { return static_cast<Symbol>(key >> 32); }
-Symbol right_of(uint64_t key) { return static_cast<Symbol>(key); }
-
-uint64_t hash_key(uint64_t key) {
-    key *= 0x9E3779B97F4A7C15ull;
-    key ^= key >> 32;
-    return key * 0xD6E8FEB86659FD93ull >> 20;
-}
-
 struct Word {
     uint64_t begin;  // of its symbols
     uint64_t count;
     uint32_t length;
-};
-
-struct Pair {
-    uint64_t key;
-    int64_t count;
-    uint64_t words_begin;  // its words: a range of word_lists_
-    uint32_t num_words;
-};
-
-// From pair key to index in a dense array of pairs.
-class PairTable {
-public:
-    void clear() {
-        pairs.clear();
-        slots_.assign(size_t{1} << 12, kNotListed);
-    }
-
-    // kNotListed when there is none.
-    uint32_t index_of(uint64_t key) const { return slots_[slot_of(key)]; }
-
-    uint32_t find_or_add(uint64_t key) {
-        if ((pairs.size() + 1) * 2 > slots_.size()) grow();
-        uint32_t& index = slots_[slot_of(key)];
-        if (index == kNotListed) {
-            index = static_cast<uint32_t>(pairs.size());
-            pairs.push_back({key, 0, 0, 0});
-        }
-        return index;
-    }
-
-    std::vector<Pair> pairs;
-
-private:
-    size_t slot_of(uint64_t key) const {
-        const size_t mask = slots_.size() - 1;
-        size_t slot = hash_key(key) & mask;
-        while (slots_[slot] != kNotListed && pairs[slots_[slot]].key != key) slot = (slot + 1) & mask;
-        return slot;
-    }
-
-    void grow() {
-        slots_.assign(slots_.size() * 2, kNotListed);
-        const size_t mask = slots_.size() - 1;
-        for (uint32_t i = 0; i < pairs.size(); ++i) {
-            size_t slot = hash_key(pairs[i].key) & mask;
-            while (slots_[slot] != kNotListed) slot = (slot + 1) & mask;
-            slots_[slot] = i;
-        }
-    }
-
-    std::vector<uint32_t> slots_;
 };
 
 struct Candidate {
@@ -200,7 +137,7 @@ void Trainer<Stored>::load_words(const WordCounter& counter) {
     counter.for_each([&](std::string_view word, uint64_t count) {
         if (word.size() < 2) return;
         words_.push_back({symbols_.size(), count, static_cast<uint32_t>(word.size())});
-        for (char byte : word) symbols_.push_back(static_cast<Stored>(options_.byte_ids[static_cast<unsigned char>(byte)]));
+        for (unsigned char byte : word) symbols_.push_back(static_cast<Stored>(options_.byte_ids[byte]));
     });
 }
 

@@ -83,7 +83,8 @@ bool is_continuation(char byte) { return (static_cast<unsigned char>(byte) & 0xC
 bool is_space_or_cut_off(const char* p, size_t n) {
     const auto byte = [&](size_t i) { return static_cast<unsigned char>(p[i]); };
     if (n == 0) return true;
-    if (byte(0) < 0x80) return byte(0) == ' ' || (byte(0) >= '\t' && byte(0) <= '\r') || (byte(0) >= 0x1C && byte(0) < 0x20);
+    if (byte(0) < 0x80)
+        return byte(0) == ' ' || (byte(0) >= '\t' && byte(0) <= '\r') || (byte(0) >= 0x1C && byte(0) < 0x20);
     if (byte(0) == 0xC2) return n < 2 || byte(1) == 0x85 || byte(1) == 0xA0;
     if (n < 3) return byte(0) >= 0xE0 || n < 2;
     if (byte(0) == 0xE1) return byte(1) == 0x9A && byte(2) == 0x80;
@@ -131,7 +132,7 @@ void WordTable::grow() {
 const char* Arena::copy(std::string_view bytes) {
     if (bytes.size() > free_) {
         const size_t size = std::max(kBlockBytes, bytes.size());
-        blocks_.push_back(std::make_unique_for_overwrite<char[]>(size));
+        blocks_.emplace_back(new char[size]);
         next_ = blocks_.back().get();
         free_ = size;
     }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 SHOWN_UNITS = 2000  # a terminal's memory, and a reader's patience, end about there
-COLOURS = ("on #5b4b8a", "on #2f6f4f", "on #8a5a2b", "on #8a3b4b", "on #2b5f8a")
+COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "white on blue")
 STAND_IN_VOCAB_SIZE = 4096
 
 
@@ -111,7 +111,7 @@ def _show(name: str, found: _Pieces, size: int, with_ids: bool) -> None:
     from rich.text import Text
 
     count = len(found.units)
-    each = f", {size / count:.2f} bytes each" if count else ""
+    each = f", {size / count:.2f} bytes of text each" if count else ""
     console.print(f"[bold]{name}[/]  {count:,} ({len(set(found.units)):,} distinct{each})", highlight=False)
     line = Text()
     for i, unit in enumerate(found.units[:SHOWN_UNITS]):

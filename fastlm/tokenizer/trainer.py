@@ -16,6 +16,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 
 CHUNK_BYTES = 16 << 20  # large enough to keep every thread busy, small against the tables of a large corpus
 MAX_THREADS = 8
+MAX_TEXT_BYTES = 1 << 30  # of a text, or part of a file, that cannot be cut; the native core counts to 4 GiB
 MAX_VOCAB_SIZE = 1 << 22  # sixteen times the largest vocabularies in use
 
 
@@ -143,7 +144,7 @@ class BpeTrainer:
 
     def _run(self, chunks: Iterable[_Chunk], total_bytes: int | None, progress: ProgressCallback | None) -> Tokenizer:
         self.report = None
-        counter = native().WordCounter(self.pattern, min(os.cpu_count() or 1, MAX_THREADS))
+        counter = native().WordCounter(self.pattern, min(_num_processors(), MAX_THREADS))
         started = time.perf_counter()
         bytes_read = 0
         for chunk in chunks:
@@ -235,6 +236,10 @@ class _Chunk:
         )
 
 
+def _num_processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _checked_size(path: Path) -> int:
     if path.is_dir():
         raise DataError(f"{path}: is a directory; give its text files")
@@ -258,6 +263,11 @@ def _read_files(paths: list[Path]) -> Iterator[_Chunk]:
             rest, offset = b"", 0
             while block := handle.read(max(CHUNK_BYTES, len(rest))):
                 rest += block
+                if len(rest) > MAX_TEXT_BYTES:
+                    raise DataError(
+                        f"{path}: no line end and no space between words in {MAX_TEXT_BYTES:,} bytes from offset "
+                        f"{offset}; put line ends into the text"
+                    )
                 cut = last_safe_cut(rest)
                 if cut:
                     yield _Chunk([rest[:cut]], path, offset)
@@ -277,6 +287,10 @@ def _gather(texts: Iterable[str]) -> Iterator[_Chunk]:
             group.append(text.encode())
         except UnicodeEncodeError as error:
             raise DataError(f"text {index}: lone surrogate at character {error.start} cannot be UTF-8") from None
+        if len(group[-1]) > MAX_TEXT_BYTES:
+            raise DataError(
+                f"text {index} has more than {MAX_TEXT_BYTES:,} bytes; give it in parts, or train on a file"
+            )
         size += len(group[-1])
         if size >= CHUNK_BYTES:
             yield _Chunk(group, first_index=first_index)

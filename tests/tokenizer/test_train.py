@@ -241,6 +241,19 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
         BpeTrainer().train([])
 
 
+def test_text_that_cannot_be_cut_is_read_whole_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "CHUNK_BYTES", 100)
+    path = tmp_path / "long.txt"
+    path.write_text("漢字" * 2000)
+    whole = BpeTrainer(300).train_from_iterator(["漢字" * 2000])
+    assert BpeTrainer(300).train(path).merges == whole.merges
+    monkeypatch.setattr(trainer_module, "MAX_TEXT_BYTES", 5000)
+    with pytest.raises(DataError, match=r"long.txt: no line end .* from offset 0; put line ends"):
+        BpeTrainer(300).train(path)
+    with pytest.raises(DataError, match="text 1 has more than 5,000 bytes"):
+        BpeTrainer(300).train_from_iterator(["a", "b" * 5001])
+
+
 def test_bad_texts_are_refused() -> None:
     for texts, message in (
         (["a", "b\ud800"], "text 1: lone surrogate at character 1"),
