@@ -20,7 +20,7 @@ from fastlm._version import __version__
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
-COMMANDS = ("doctor", "train-tokenizer", "tokenize", "bench")
+COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "generate", "bench")
 
 
 class _Commands(TyperGroup):
