@@ -7,6 +7,7 @@ written here, and what is written there loads here if the model has no feature t
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps the operating system's error in its own type
             raise OSError(None, str(error), str(path)) from error
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -101,6 +109,8 @@ def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> 
     directory = Path(directory)
     config = read_config(directory)
     tensors = read_tensors(directory / "model.safetensors")
+    if config.num_layers > len(tensors):
+        raise CheckpointError(f"{directory / 'model.safetensors'} has too few tensors for {config.num_layers} layers")
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     _check_tensors(tensors, expected, directory / "model.safetensors")

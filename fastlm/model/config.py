@@ -8,6 +8,7 @@ from typing import Any
 from fastlm.errors import ConfigError
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen3")
+MAX_SIZE = 1 << 24  # of any dimension: a corrupt file must not make us ask for absurd memory
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         if declared[name] in ("int", int) and type(getattr(config, name)) is not int:
             raise ConfigError(f"{name} must be an integer, not {getattr(config, name)!r}")
+        if getattr(config, name) > MAX_SIZE:
+            raise ConfigError(f"{name} is {getattr(config, name)}, above the limit of {MAX_SIZE}")
 
 
 def require_positive_values(**values: float) -> None:
