@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from fastlm.model import ModelConfig
+from fastlm.training import TokenDataset, prepare
+
+KOREAN = "이 영화는 정말 재미있었다. 배우들의 연기도 훌륭했고 음악도 좋았다.\n다시 보고 싶은 작품이다.\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 kB of English documentation and Korean sentences."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    english = "".join(str(topics[name]) for name in sorted(topics))[:75_000]
+    path.write_text(english + KOREAN * 40, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dataset(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    return prepare([text_file], tmp_path_factory.mktemp("prepared") / "data", vocab_size=400)
+
+
+@pytest.fixture
+def tiny(dataset: TokenDataset) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=dataset.tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        context_length=32,
+        qk_norm=True,
+    )
