@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ class Compiled:
     chip: str
     registers: int
     spill_bytes: int
+    shared_bytes: int
     ptx: str
 
     @property
@@ -74,11 +75,13 @@ def compile_for_chips(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
+    divisible_by_16: Collection[str] = (),
+    capabilities: Collection[int] = (80, 90, 100),
 ) -> list[Compiled]:
-    """Compiles `kernel` ahead of time for sm_80, sm_90 and sm_100; no GPU is needed. Needs TRITON_INTERPRET unset.
+    """Compiles `kernel` ahead of time for chips by compute capability; no GPU is needed. Needs TRITON_INTERPRET unset.
 
     `signature` gives each run-time argument's type as Triton writes it ("*bf16", "i32", "fp32"); `constants` the
-    constexprs. Pointers, and integers named in neither, are taken as divisible by 16 when their name ends in "_ptr".
+    constexprs. Pointers, and the integers named in `divisible_by_16`, are taken as divisible by 16.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -87,20 +90,24 @@ def compile_for_chips(
     full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     missing = [name for name, kind in full.items() if kind == "constexpr" and name not in constants]
     assert not missing, f"no type or value given for {missing}"
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if full[name].startswith("*")}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if full[name].startswith("*") or name in divisible_by_16
+    }
     results = []
-    for capability in (80, 90, 100):
+    for capability in capabilities:
         source = ASTSource(fn=kernel, signature=full, constexprs=constants, attrs=attrs)
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
-        results.append(_resources(capability, compiled.asm["ptx"]))
+        results.append(_resources(capability, compiled.asm["ptx"], compiled.metadata.shared))
     return results
 
 
-def _resources(capability: int, ptx: str) -> Compiled:
+def _resources(capability: int, ptx: str, shared_bytes: int) -> Compiled:
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptxas = get_ptxas(capability)
@@ -125,4 +132,4 @@ def _resources(capability: int, ptx: str) -> Compiled:
     registers = re.search(r"Used (\d+) registers", run.stderr)
     spills = re.findall(r"(\d+) bytes spill", run.stderr)
     assert registers, run.stderr
-    return Compiled(chip[1], int(registers[1]), sum(map(int, spills)), ptx)
+    return Compiled(chip[1], int(registers[1]), sum(map(int, spills)), shared_bytes, ptx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
+from fastlm.ops.attention import cpu
 from fastlm.ops.attention._arguments import check
 
 
@@ -44,7 +46,7 @@ def attention(
         causal: no query sees a later key.
         window: tokens each query sees, itself included; needs `causal`.
         softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2.
-        sinks: `(heads,)`, a logit for each head that joins the softmax's denominator and brings no value, as in gpt-oss.
+        sinks: `(heads,)`, a logit a head that joins the softmax's denominator and brings no value, as in gpt-oss.
         bias: added to the logits after softcap; broadcasts to `(batch, heads, seq_q, seq_k)`; -inf hides a key.
         scale: of q · kᵀ; 1 / sqrt(head_dim) by default.
         cu_seqlens_q, cu_seqlens_k: `(sequences + 1,)` int32 on q's device: sequence i holds tokens
@@ -65,6 +67,12 @@ def attention(
     Dao, "FlashAttention-2", 2023 (arXiv 2307.08691), section 3.1; the causal alignment is FlashAttention's since 2.1.
     """
     check(q, k, v, causal, window, softcap, sinks, bias, cu_seqlens_q, cu_seqlens_k)
+    if (
+        not torch.compiler.is_compiling()
+        and cpu.serves_directly(q, k, causal, window, softcap, sinks, bias, cu_seqlens_q, return_lse)
+        and os.environ.get("FASTLM_BACKEND", "") in ("", "cpu")
+    ):
+        return cpu.direct(q, k, v, causal, scale)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if cu_seqlens_q is not None and cu_seqlens_k is None:

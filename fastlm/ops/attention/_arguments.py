@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,9 +83,9 @@ def per_sequence(
 
 def _offsets(name: str, cu_seqlens: Tensor, tokens: int, longest: int | None) -> list[int]:
     offsets: list[int] = cu_seqlens.tolist()
-    if offsets[0] < 0 or offsets[-1] > tokens or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if offsets[0] < 0 or offsets[-1] > tokens or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(f"{name} must not fall and must stay within the {tokens} tokens, not {_short(offsets)}")
-    if longest is not None and any(b - a > longest for a, b in zip(offsets, offsets[1:], strict=False)):
+    if longest is not None and any(b - a > longest for a, b in pairwise(offsets)):
         raise ValueError(f"{name} holds a sequence longer than the maximum given, {longest}: {_short(offsets)}")
     return offsets
 

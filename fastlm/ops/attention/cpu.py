@@ -1,10 +1,13 @@
-"""Torch's own FlashAttention for CPUs behind our arguments (aten `_scaled_dot_product_flash_attention_for_cpu`).
+"""Torch's own FlashAttention for CPUs behind our arguments.
 
-The aten op takes (batch, heads, seq, head_dim) by strides, so our layout costs a transpose of sizes and no copy; it reads
-grouped KV heads as they are, and hands out the log-sum-exp that its backward asks for, which is why no logits are kept.
-A causal square or a single query row runs without a mask; other shapes of window and alignment pass one of seq_q × seq_k,
-shared by all heads. Sinks are applied to (out, lse) afterwards, and because the backward's weights are exp(logits - lse),
-handing it the corrected pair yields the corrected gradients.
+The aten op takes (batch, heads, seq, head_dim) by strides, so our layout costs a transpose of sizes and no copy. It
+reads grouped KV heads as they are and hands out the log-sum-exp that its backward asks for, so no logits are kept. A
+causal square, a single query row and the absence of any mask need none built; other windows and alignments pass one of
+seq_q × seq_k that all heads share. Sinks are applied to (out, lse) afterwards, and because the backward's weights are
+exp(logits - lse), handing it the corrected pair yields the corrected gradients.
+
+Where neither mask nor sinks nor lse is wanted, `direct` calls torch's function with its autograd in C++: our own
+registration around it would add 30 µs, more than a small attention takes.
 """
 
 from __future__ import annotations
@@ -121,6 +124,41 @@ def _attend_backward(
         )
         grads = grads[0] + weight * share * average, grads[1] + missing_k, grads[2]
     return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+
+
+def serves_directly(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    return_lse: bool,
+) -> bool:
+    """Whether torch's scaled_dot_product_attention is this very call: eager, on CPU, nothing beyond causal."""
+    return (
+        q.device.type == "cpu"
+        and not return_lse
+        and softcap is None
+        and sinks is None
+        and bias is None
+        and cu_seqlens_q is None
+        and q.dtype in _DTYPES
+        and q.numel() > 0
+        and k.numel() > 0
+        and _shape_of_mask(q.shape[1], k.shape[1], causal, window) is None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def direct(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal and q.shape[1] > 1,
+        scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _rows_contiguous(t: Tensor) -> Tensor:

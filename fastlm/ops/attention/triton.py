@@ -1,13 +1,14 @@
 """FlashAttention-2 in Triton: the forward pass, and the launches of both.
 
-One program holds a tile of queries of one head in registers and walks over tiles of keys and values, keeping for each row
-the running maximum, the running sum and the unnormalised output (online softmax, Milakov and Gimelshein, arXiv
-1805.02867; Dao, arXiv 2307.08691). Q is read once, K and V once for each query tile (mostly from L2: the heads of a group
-run side by side), and only out and one log-sum-exp a row are written, so nothing of size seq_q × seq_k exists. The cycles
-go to two matrix products a tile; beside them stands one exp2 an element, made cheap by folding scale · log2(e) into one
-fused multiply-add. Masks cost nothing inside: the walk is split into tiles that every row sees whole and the few at the
-causal diagonal, the window's edge and the end, which alone are masked; tiles that no row sees are skipped. Under a causal
-mask the longest walks start first, so that the short ones fill the tail. The backward is in `triton_backward.py`.
+One program holds a tile of queries of one head in registers and walks over tiles of keys and values, keeping for each
+row the running maximum, the running sum and the unnormalised output (online softmax, Milakov and Gimelshein, arXiv
+1805.02867; Dao, arXiv 2307.08691). Q is read once, K and V once for each query tile (mostly from L2: the heads of a
+group run side by side), and only out and one log-sum-exp a row are written, so nothing of size seq_q × seq_k exists.
+The cycles go to two matrix products a tile; beside them stands one exp2 an element, whose argument is a single fused
+multiply-add because scale · log2(e) is folded into it. The walk is split into tiles that every row sees whole and the
+few at the causal diagonal, the window's edge and the end, which alone are masked; tiles that no row sees are skipped.
+Under a causal mask the longest walks start first, so that the short ones fill the tail. The backward is in
+`triton_backward.py`.
 """
 
 from __future__ import annotations
@@ -64,9 +65,7 @@ def supports(
     if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 256:
         return f"supports head_dim 16 to 256 in steps of 8, not {q.shape[-1]}"
     if bias is not None:
-        return (
-            "has no bias yet: its gradient is as large as the logits; express the mask by causal, window or cu_seqlens"
-        )
+        return "has no bias yet; masks are cheaper as causal, window or cu_seqlens"
     if scale is not None and scale <= 0:
         return f"needs a positive scale, which the running maximum relies on, not {scale}"
     if q.dtype == torch.bfloat16 and 0 < capability(q.device) < 80:
@@ -162,10 +161,10 @@ def key_phases(
 def _attend(
     acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, end, positions, seq_k, window, inner, factor,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
-    for tile in range(start, end, BLOCK_N):
+    for tile in tl.range(start, end, BLOCK_N, num_stages=1 if MASKED else STAGES):
         offset = tl.cast(tile, tl.int64)
         k = load_tile(k_ptr + offset * k_stride, k_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
         logits = matmul(q, tl.trans(k), None, PRECISION)
@@ -199,7 +198,7 @@ def _forward_kernel(
     v_batch_stride, v_stride, v_head_stride, heads, group, seq_q, seq_k, window, inner, factor,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -247,15 +246,15 @@ def _forward_kernel(
     if WINDOW:
         acc, highest, total = _attend(
             acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, positions, seq_k, window,
-            inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end, positions, seq_k, window,
-        inner, factor, False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        inner, factor, False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_end, end, positions, seq_k, window,
-        inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
 
     empty = total == 0
@@ -368,7 +367,7 @@ def forward(
         *strides(q, call.packed), *strides(k, call.packed), *strides(v, call.packed),
         call.heads, call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor,
         **call.constants, SINKS=sinks is not None, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, STAGES=tiles.num_stages,
     )  # fmt: skip
     return out, lse
 

@@ -1,11 +1,11 @@
 """The backward pass of FlashAttention-2 in Triton (Dao, arXiv 2307.08691, algorithm 2), without atomics.
 
-Nothing of the forward's logits was kept, so they are computed again from q, k and the log-sum-exp, twice: one kernel gives
-each program a tile of keys and walks over the queries, for every query head of the group in turn, to sum grad_k and grad_v
-in registers; another gives each program a tile of queries and walks over the keys to sum grad_q. That is seven matrix
-products where a kernel with atomic additions to grad_q needs five, and the price of it buys the same bits at every run
-and no fp32 buffer for grad_q. As in the forward, only tiles on an edge are masked, tiles unseen are skipped, and the
-longest walks start first. Each pass reads q, k, v and grad_out once a tile, mostly from L2; the rest of the memory traffic
+Nothing of the forward's logits was kept, so they are computed again from q, k and the log-sum-exp, twice: one kernel
+gives each program a tile of keys and walks over the queries, for every query head of the group in turn, to sum grad_k
+and grad_v in registers; another gives each program a tile of queries and walks over the keys to sum grad_q. That is
+seven matrix products where a kernel with atomic additions to grad_q needs five; the price buys the same bits at every
+run and no fp32 buffer for grad_q. As in the forward, only tiles on an edge are masked, tiles unseen are skipped, and
+the longest walks start first. Each walk reads its operands once a tile, mostly from L2; the rest of the memory traffic
 is a first, small kernel that reads out and grad_out for delta = rowsum(out · grad_out).
 """
 
@@ -75,28 +75,27 @@ def _delta_kernel(
 
 @triton.jit
 def _key_gradients(
-    grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_stride, start, end,
-    keys, shift, seq_q, window, inner, factor,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_stride, grad_stride,
+    start, whole_start, whole_end, end, keys, shift, seq_q, window, inner, factor,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Everything here is transposed: keys are rows, queries columns, so that no product needs a transposed register."""
+    """Everything here is transposed: keys are rows, queries columns, so that no product needs a transposed register.
+
+    A branch, the same for all threads, masks the tiles outside [whole_start, whole_end): three copies of this loop, as in
+    the forward, would not fit the registers.
+    """
     columns = tl.arange(0, BLOCK_M)
-    for tile in range(start, end, BLOCK_M):
+    for tile in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offset = tl.cast(tile, tl.int64)
         left = seq_q - tile
-        q = load_tile(q_ptr + offset * q_stride, q_stride, columns, left, MASKED, HEAD_DIM, BLOCK_D)
-        if MASKED:
-            lse = tl.load(lse_ptr + offset + columns, columns < left, 0.0)
-            delta = tl.load(delta_ptr + offset + columns, columns < left, 0.0)
-        else:
-            lse = tl.load(lse_ptr + offset + columns)
-            delta = tl.load(delta_ptr + offset + columns)
+        q = load_tile(q_ptr + offset * q_stride, q_stride, columns, left, True, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + offset + columns, columns < left, 0.0)
         logits = matmul(k, tl.trans(q), None, PRECISION)
         if SOFTCAP:
             logits = tanh(logits * inner)
         weights = tl.exp2(logits * factor - (lse * LOG2_E)[None, :])
-        if MASKED:
+        if (tile < whole_start) | (tile >= whole_end):
             positions = tile + columns + shift
             seen = columns[None, :] < left
             if CAUSAL:
@@ -104,8 +103,9 @@ def _key_gradients(
             if WINDOW:
                 seen = seen & (keys[:, None] > positions[None, :] - window)
             weights = tl.where(seen, weights, 0.0)
-        grad_out = load_tile(grad_out_ptr + offset * grad_stride, grad_stride, columns, left, MASKED, HEAD_DIM, BLOCK_D)
+        grad_out = load_tile(grad_out_ptr + offset * grad_stride, grad_stride, columns, left, True, HEAD_DIM, BLOCK_D)
         grad_v = matmul(weights.to(grad_out.dtype), grad_out, grad_v, PRECISION)
+        delta = tl.load(delta_ptr + offset + columns, columns < left, 0.0)
         grad_logits = weights * (matmul(v, tl.trans(grad_out), None, PRECISION) - delta[None, :])
         if SOFTCAP:
             grad_logits *= 1 - logits * logits
@@ -121,7 +121,7 @@ def _key_kernel(
     kv_heads, group, seq_q, seq_k, window, inner, factor, scale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0) // kv_heads
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
@@ -176,21 +176,10 @@ def _key_kernel(
     for _ in range(group):
         lse_row = lse_ptr + lse_offset
         delta_row = delta_ptr + lse_offset
-        if CAUSAL:
-            grad_k, grad_v = _key_gradients(
-                grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
-                start, whole_start, keys, shift, seq_q, window, inner, factor,
-                True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
-            )  # fmt: skip
         grad_k, grad_v = _key_gradients(
             grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
-            whole_start, whole_end, keys, shift, seq_q, window, inner, factor,
-            False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
-        )  # fmt: skip
-        grad_k, grad_v = _key_gradients(
-            grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_row, delta_row, q_stride, grad_stride,
-            whole_end, end, keys, shift, seq_q, window, inner, factor,
-            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            start, whole_start, whole_end, end, keys, shift, seq_q, window, inner, factor,
+            CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES,
         )  # fmt: skip
         q_ptr += q_head_stride
         grad_out_ptr += grad_head_stride
@@ -205,10 +194,10 @@ def _query_gradient(
     grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, end,
     positions, seq_k, window, inner, factor,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
-    for tile in range(start, end, BLOCK_N):
+    for tile in tl.range(start, end, BLOCK_N, num_stages=1 if MASKED else STAGES):
         offset = tl.cast(tile, tl.int64)
         k = load_tile(k_ptr + offset * k_stride, k_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
         logits = matmul(q, tl.trans(k), None, PRECISION)
@@ -239,7 +228,7 @@ def _query_kernel(
     heads, group, seq_q, seq_k, window, inner, factor, scale,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -285,17 +274,17 @@ def _query_kernel(
         grad_q = _query_gradient(
             grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start,
             positions, seq_k, window, inner, factor,
-            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
     grad_q = _query_gradient(
         grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end,
         positions, seq_k, window, inner, factor,
-        False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     grad_q = _query_gradient(
         grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_end, end,
         positions, seq_k, window, inner, factor,
-        True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     store_tile(grad_q_ptr, heads * HEAD_DIM, rows, left, grad_q * scale, HEAD_DIM, BLOCK_D)
 
@@ -347,14 +336,14 @@ def backward(
     if 0 not in grid:
         _key_kernel[grid](
             *inputs, grad_k, grad_v, *offsets, *all_strides, kv_heads, *scalars, **call.constants,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, STAGES=tiles.num_stages,
         )  # fmt: skip
     tiles = query_tiles(block_d, q.dtype, chip)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, tiles.block_m))
     if 0 not in grid:
         _query_kernel[grid](
             *inputs, grad_q, *offsets, *all_strides, call.heads, *scalars, **call.constants,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, STAGES=tiles.num_stages,
         )  # fmt: skip
     grad_sinks = none if sinks is None else sinks_gradient(delta, lse, sinks).to(sinks.dtype)
     return grad_q, grad_k, grad_v, none, grad_sinks
