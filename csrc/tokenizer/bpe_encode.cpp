@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <queue>
 #include <stdexcept>
 
@@ -12,7 +14,7 @@ namespace fastlm::tokenizer {
 namespace {
 
 constexpr size_t kShortPiece = 128;       // bytes; a scan of so few pairs is faster than keeping queues
-constexpr size_t kCacheEntries = 1 << 14;  // 1 MiB for each thread that encodes
+constexpr size_t kCacheEntries = 1 << 16;  // 4 MiB at most for each thread that encodes
 
 uint64_t load8(const char* p) {
     uint64_t value;
@@ -113,8 +115,13 @@ void MergeTable::build(const std::vector<std::pair<uint64_t, Merge>>& merges) {
     slots_.assign(size, Slot{});
     mask_ = size - 1;
     shift_ = 64 - std::countr_zero(size);
+    const size_t num_bits = std::bit_ceil(std::max<size_t>(merges.size() * 8, 64));
+    bitmap_.assign(num_bits / 64, 0);
+    bit_mask_ = num_bits - 1;
     for (const auto& [key, merge] : merges) {
-        size_t i = home(key);
+        const uint64_t hash = hash_of(key);
+        bitmap_[(hash & bit_mask_) >> 6] |= uint64_t{1} << (hash & 63);
+        size_t i = hash >> shift_;
         while (slots_[i].key != kEmpty && slots_[i].key != key) i = (i + 1) & mask_;
         if (slots_[i].key == key) throw std::invalid_argument("a merge is there twice");
         slots_[i] = {key, merge};
@@ -127,10 +134,10 @@ struct EncodeState {
     struct alignas(64) CacheEntry {
         static constexpr size_t kMaxBytes = 32;
         static constexpr size_t kMaxIds = 7;
-        uint64_t words[4] = {};
-        uint8_t size = 0;
-        uint8_t num_ids = 0;
-        uint32_t ids[kMaxIds] = {};
+        uint64_t words[4];
+        uint8_t size;
+        uint8_t num_ids;
+        uint32_t ids[kMaxIds];
     };
 
     // Positions whose pair has one priority, worked off from the left.
@@ -147,7 +154,19 @@ struct EncodeState {
     };
     static constexpr uint32_t kNoQueue = UINT32_MAX;
 
-    std::vector<CacheEntry> cache = std::vector<CacheEntry>(kCacheEntries);
+    EncodeState() {
+        void* start = cache_memory.get();
+        size_t space = (kCacheEntries + 1) * sizeof(CacheEntry);
+        if (!start) throw std::bad_alloc();
+        cache = static_cast<CacheEntry*>(std::align(alignof(CacheEntry), kCacheEntries * sizeof(CacheEntry), start, space));
+    }
+
+    // Zeroed by the system, page by page as they are used: an empty entry has size 0, as no pre-token has.
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<void, Free> cache_memory{std::calloc(kCacheEntries + 1, sizeof(CacheEntry))};
+    CacheEntry* cache = nullptr;  // aligned, inside cache_memory
     std::vector<Node> nodes;
     std::vector<MergeTable::Merge> pairs;  // of a node and its next
     std::vector<Queue> queues;
@@ -235,10 +254,6 @@ BpeEncoder::BpeEncoder(const std::vector<std::pair<std::string, uint32_t>>& toke
     } else {
         use_ranks(tokens);
     }
-    byte_pairs_.resize(65536);
-    for (size_t i = 0; i < byte_pairs_.size(); ++i) {
-        byte_pairs_[i] = merges_.find(byte_ids_[i >> 8], byte_ids_[i & 255]);
-    }
 }
 
 BpeEncoder::~BpeEncoder() = default;
@@ -260,8 +275,36 @@ void BpeEncoder::use_ranks(const std::vector<std::pair<std::string, uint32_t>>& 
             pairs.emplace_back(MergeTable::key(left, right), MergeTable::pack(id, id));
         }
     }
-    merges_.build(pairs);
     num_priorities_ = static_cast<uint32_t>(vocabulary_.num_ids());
+    build_merges(pairs);
+
+    // Of all ways to split a token, merging uses one: until a token is made, what happens inside it is what happens
+    // when it is encoded alone, since the lowest pair of the text is also the lowest there. The others are never the
+    // lowest pair, so leaving them out changes nothing but the size of the table.
+    EncodeState state;
+    IdBuffer ids;
+    pairs.clear();
+    for (const auto& [token, id] : tokens) {
+        if (token.size() == 1) continue;
+        const size_t before = ids.size();
+        uint64_t last_pair = 0;
+        if (token.size() <= kShortPiece) {
+            merge_short(token, ids, &last_pair);
+        } else {
+            merge_long(token, state, ids, &last_pair);
+        }
+        if (ids.size() - before == 1) pairs.emplace_back(last_pair, MergeTable::pack(id, id));
+        ids.truncate(before);
+    }
+    build_merges(pairs);
+}
+
+void BpeEncoder::build_merges(const std::vector<std::pair<uint64_t, MergeTable::Merge>>& merges) {
+    merges_.build(merges);
+    byte_pairs_.resize(65536);
+    for (size_t i = 0; i < byte_pairs_.size(); ++i) {
+        byte_pairs_[i] = merges_.find(byte_ids_[i >> 8], byte_ids_[i & 255]);
+    }
 }
 
 void BpeEncoder::use_merges(const std::vector<std::pair<uint32_t, uint32_t>>& merges) {
@@ -281,7 +324,7 @@ void BpeEncoder::use_merges(const std::vector<std::pair<uint32_t, uint32_t>>& me
         }
         pairs.emplace_back(MergeTable::key(left, right), MergeTable::pack(number, result));
     }
-    merges_.build(pairs);
+    build_merges(pairs);
     num_priorities_ = static_cast<uint32_t>(merges.size());
 }
 
@@ -336,13 +379,13 @@ void BpeEncoder::encode_uncached(std::string_view piece, EncodeState& state, IdB
         if (id != Vocabulary::kNone) return ids.push(id);
     }
     if (piece.size() <= kShortPiece) {
-        merge_short(piece, ids);
+        merge_short(piece, ids, nullptr);
     } else {
-        merge_long(piece, state, ids);
+        merge_long(piece, state, ids, nullptr);
     }
 }
 
-void BpeEncoder::merge_short(std::string_view piece, IdBuffer& ids) const {
+void BpeEncoder::merge_short(std::string_view piece, IdBuffer& ids, uint64_t* last_pair) const {
     const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
     size_t count = piece.size();
     ids.reserve(count);
@@ -356,6 +399,7 @@ void BpeEncoder::merge_short(std::string_view piece, IdBuffer& ids) const {
         size_t best = 0;
         for (size_t i = 1; i < num_pairs; ++i) best = pairs[i] < pairs[best] ? i : best;
         if (pairs[best] == MergeTable::kNone) break;
+        if (last_pair) *last_pair = MergeTable::key(id[best], id[best + 1]);
         id[best] = MergeTable::result(pairs[best]);
         std::memmove(id + best + 1, id + best + 2, (count - best - 2) * sizeof(*id));
         --count;
@@ -368,7 +412,7 @@ void BpeEncoder::merge_short(std::string_view piece, IdBuffer& ids) const {
     ids.advance(count);
 }
 
-void BpeEncoder::merge_long(std::string_view piece, EncodeState& state, IdBuffer& ids) const {
+void BpeEncoder::merge_long(std::string_view piece, EncodeState& state, IdBuffer& ids, uint64_t* last_pair) const {
     if (piece.size() >= UINT32_MAX) throw std::length_error("a pre-token is longer than 4 GiB");
     const auto* bytes = reinterpret_cast<const uint8_t*>(piece.data());
     const auto count = static_cast<uint32_t>(piece.size());
@@ -409,6 +453,7 @@ void BpeEncoder::merge_long(std::string_view piece, EncodeState& state, IdBuffer
             if (pairs[position] == MergeTable::kNone || MergeTable::priority(pairs[position]) != priority) continue;
             const uint32_t right = nodes[position].next;
             const uint32_t after = nodes[right].next;
+            if (last_pair) *last_pair = MergeTable::key(nodes[position].id, nodes[right].id);
             nodes[position].id = MergeTable::result(pairs[position]);
             nodes[position].next = after;
             if (after != none) nodes[after].previous = position;

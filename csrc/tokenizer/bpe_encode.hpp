@@ -1,10 +1,10 @@
 // Byte-pair encoding with a fixed vocabulary.
 //
-// A pre-token is looked up in a small cache of recent ones, then (vocabularies ordered by rank) whole in the
-// vocabulary, and only then merged: the adjacent pair of lowest priority first, the leftmost among equals, until no
-// pair has a merge. Text is Zipfian, so nearly all pre-tokens end at the cache, which fits the L2 cache of a core: one
-// hash of at most 32 bytes, one cache line read, a few ids written. The rest costs one hash-table probe per pair,
-// that is a cache miss each, and is bounded by memory latency.
+// A pre-token is looked up in a cache of recent ones, then (vocabularies ordered by rank) whole in the vocabulary, and
+// only then merged: the adjacent pair of lowest priority first, the leftmost among equals, until no pair has a merge.
+// Text is Zipfian, so most pre-tokens end at the cache, and the entries in use mostly sit in a core's L2: one hash of
+// at most 32 bytes, one cache line read, a few ids written. The rest costs a bitmap probe for each pair and a
+// hash-table probe for each that may merge, so it is bounded by memory latency.
 //
 // Short pieces are merged in a flat array, where finding the lowest pair is a scan. Long ones in a linked list with
 // one queue of positions for each priority, so the cost is O(n log n) at worst and O(n) on repetitive text.
@@ -39,6 +39,7 @@ public:
     }
     uint32_t* end() { return data_.get() + size_; }
     void advance(size_t count) { size_ += count; }
+    void truncate(size_t size) { size_ = size; }
     void push(uint32_t id) {
         reserve(1);
         data_[size_++] = id;
@@ -81,7 +82,8 @@ private:
     size_t mask_;
 };
 
-// (left id, right id) -> what merging them makes and how soon.
+// (left id, right id) -> what merging them makes and how soon. Most pairs have no merge, so a bitmap that fits the L2
+// cache is asked first; eight bits for each merge let one absent pair in eight through to the table.
 class MergeTable {
 public:
     // priority << 32 | id of the result, so the lowest value is the merge to do first.
@@ -97,7 +99,10 @@ public:
 
     Merge find(uint32_t left, uint32_t right) const {
         const uint64_t wanted = key(left, right);
-        for (size_t i = home(wanted);; i = (i + 1) & mask_) {
+        const uint64_t hash = hash_of(wanted);
+        const uint64_t bit = hash & bit_mask_;
+        if (!(bitmap_[bit >> 6] >> (bit & 63) & 1)) return kNone;
+        for (size_t i = hash >> shift_;; i = (i + 1) & mask_) {
             const Slot& slot = slots_[i];
             if (slot.key == wanted) return slot.merge;
             if (slot.key == kEmpty) return kNone;
@@ -111,10 +116,15 @@ private:
         Merge merge = kNone;
     };
 
-    size_t home(uint64_t key) const { return (key * 0x9e3779b97f4a7c15u ^ (key >> 29)) * 0xd6e8feb86659fd93u >> shift_; }
+    static uint64_t hash_of(uint64_t key) {
+        const auto product = static_cast<unsigned __int128>(key ^ 0x9e3779b97f4a7c15u) * 0xd6e8feb86659fd93u;
+        return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+    }
 
     std::vector<Slot> slots_;
+    std::vector<uint64_t> bitmap_;
     size_t mask_ = 0;
+    uint64_t bit_mask_ = 0;
     int shift_ = 0;
 };
 
@@ -143,10 +153,11 @@ private:
 
     void encode_cached(std::string_view piece, EncodeState& state, IdBuffer& ids) const;
     void encode_uncached(std::string_view piece, EncodeState& state, IdBuffer& ids) const;
-    void merge_short(std::string_view piece, IdBuffer& ids) const;
-    void merge_long(std::string_view piece, EncodeState& state, IdBuffer& ids) const;
+    void merge_short(std::string_view piece, IdBuffer& ids, uint64_t* last_pair) const;
+    void merge_long(std::string_view piece, EncodeState& state, IdBuffer& ids, uint64_t* last_pair) const;
     void use_ranks(const std::vector<std::pair<std::string, uint32_t>>& tokens);
     void use_merges(const std::vector<std::pair<uint32_t, uint32_t>>& merges);
+    void build_merges(const std::vector<std::pair<uint64_t, MergeTable::Merge>>& merges);
 
     Vocabulary vocabulary_;
     bool whole_tokens_first_;
