@@ -83,8 +83,10 @@ def test_forward_and_backward_match_float64(backend, device, shape, kv_heads, ro
 
     with poisoned_memory():
         ours = run(rotary, dtype)
+    # Triton's interpreter truncates to bf16 where a chip rounds: twice the error.
+    factor = 4.0 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 2.0
     for a, b, c in zip(ours, run(plain, dtype), run(reference.rotary, torch.float64), strict=True):
-        assert_as_exact_as(a, b, c)
+        assert_as_exact_as(a, b, c, factor)
 
 
 def plain(q, k, cos, sin, *, interleaved, positions):

@@ -49,8 +49,10 @@ def test_forward_and_backward_match_float64(backend, device, shape, dtype, activ
         ours = run(swiglu, tensors, grad, activation)
     plain_outputs = run(plain, tensors, grad, activation)
     exact = run(plain, [t.double() for t in tensors], grad, activation)
+    # Triton's interpreter truncates to bf16 where a chip rounds: twice the error.
+    factor = 4.0 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 2.0
     for a, b, c in zip(ours, plain_outputs, exact, strict=True):
-        assert_as_exact_as(a, b, c)
+        assert_as_exact_as(a, b, c, factor)
 
 
 def test_halves_of_a_fused_projection_are_read_where_they_lie(backend, device):

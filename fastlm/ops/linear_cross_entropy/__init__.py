@@ -91,8 +91,8 @@ def _run_token_losses(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For `(tokens, hidden_size)`: each token's loss, log-probability and entropy and, with `scale`, each token's weight
-    in a sum of the losses, that sum's gradients in hidden and weight, those that are needed."""
+    """For hidden `(tokens, hidden_size)`: each token's loss, log-probability and entropy. With `scale`, each token's
+    weight in a sum of the losses, also that sum's gradients in hidden and weight, those that are needed."""
     if targets.device.type == "cpu":
         _check_targets(targets, weight.shape[0], ignore_index)
     backend = OP.select(

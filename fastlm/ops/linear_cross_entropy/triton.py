@@ -1,7 +1,7 @@
 """On a GPU: chunks of tokens, matrix products by torch, and between them one Triton kernel. A program takes one row of
 logits: a first pass keeps the running maximum, normaliser and entropy sum (online softmax, arXiv 1805.02867), a second
-writes the gradient over the logits. The row (256 KB in bf16 at a vocabulary of 128k) is still in L2 for the second pass,
-so memory sees one read and one write of each logit. No atomics: results are the same at every run.
+writes the gradient over the logits. The row (256 KB in bf16 at a vocabulary of 128k) is still in L2 for the second, so
+memory sees one read and one write of each logit. No atomics: results are the same at every run.
 
 At most 8 chunks, so the weight's gradient is read and written 8 times at most, and at least 1024 rows each, below which
 the products would wait for the weight's bytes: logits take an eighth of one (tokens, vocab_size) tensor, of which the
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlm.ops.linear_cross_entropy import chunked
 
-BLOCK = 4096  # logits of a row at once: 16 for each of 256 threads
+BLOCK = 2048  # logits of a row at once: 8 for each of 256 threads, 64 registers, so eight rows fit a multiprocessor
 MIN_CHUNK = 1024
 MAX_CHUNKS = chunked.MAX_ROUNDED_SUMS
 

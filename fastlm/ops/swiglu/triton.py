@@ -1,7 +1,7 @@
 """The gated activation in Triton. Each program takes one stretch of one row: the forward reads gate and up once and
 writes y once, the backward reads grad_y, gate and up once and writes two gradients once, the floor for a memory-bound
-op; nothing but the inputs is kept for the backward. Rows may be strided, so the halves of a fused projection are read in
-place. Both activations are g · sigmoid(w): w = g for SiLU, and for GELU 0.5 · (1 + tanh(u)) = sigmoid(2u).
+op; nothing but the inputs is kept for the backward. Rows may be strided, so the halves of a fused projection are read
+in place. Both activations are g · sigmoid(w): w = g for SiLU, and for GELU 0.5 · (1 + tanh(u)) = sigmoid(2u).
 """
 
 from __future__ import annotations
