@@ -106,12 +106,12 @@ public:
         for (size_t id = 0; id < bpe_->vocabulary().num_ids(); ++id) ints_.emplace_back(py::int_(id));
     }
 
-    py::list encode(py::handle text, const SpecialTokens* allowed, const SpecialTokens* disallowed) const {
+    py::list encode(py::handle text, const SpecialTokens& allowed, const SpecialTokens& disallowed) const {
         return to_list(ids_of(utf8(text), allowed, disallowed));
     }
 
-    py::array_t<uint32_t> encode_to_numpy(py::handle text, const SpecialTokens* allowed,
-                                          const SpecialTokens* disallowed) const {
+    py::array_t<uint32_t> encode_to_numpy(py::handle text, const SpecialTokens& allowed,
+                                          const SpecialTokens& disallowed) const {
         const IdBuffer ids = ids_of(utf8(text), allowed, disallowed);
         return py::array_t<uint32_t>(static_cast<py::ssize_t>(ids.size()), ids.data());
     }
@@ -126,7 +126,7 @@ public:
         return to_list(ids);
     }
 
-    py::list encode_batch(const py::list& texts, const SpecialTokens* allowed, const SpecialTokens* disallowed,
+    py::list encode_batch(const py::list& texts, const SpecialTokens& allowed, const SpecialTokens& disallowed,
                           size_t num_threads) const {
         std::vector<py::object> kept;  // so that the texts live although the list may change
         std::vector<std::string_view> views;
@@ -202,7 +202,7 @@ private:
         return found->second;
     }
 
-    IdBuffer ids_of(std::string_view text, const SpecialTokens* allowed, const SpecialTokens* disallowed) const {
+    IdBuffer ids_of(std::string_view text, const SpecialTokens& allowed, const SpecialTokens& disallowed) const {
         IdBuffer ids;
         std::string_view refused;
         if (text.size() < kReleaseGilBytes) {
@@ -216,16 +216,12 @@ private:
     }
 
     // Returns the disallowed token that the text holds, empty if none. Needs no GIL.
-    std::string_view append_ids(std::string_view text, const SpecialTokens* allowed, const SpecialTokens* disallowed,
+    std::string_view append_ids(std::string_view text, const SpecialTokens& allowed, const SpecialTokens& disallowed,
                                 IdBuffer& ids) const {
-        if (disallowed) {
-            if (const auto match = disallowed->find(text, 0)) return text.substr(match->begin, match->size);
-        }
+        if (const auto match = disallowed.find(text, 0)) return text.substr(match->begin, match->size);
         ids.reserve(text.size() / 4 + 8);
         size_t begin = 0;
-        while (allowed) {
-            const auto match = allowed->find(text, begin);
-            if (!match) break;
+        while (const auto match = allowed.find(text, begin)) {
             bpe_->encode(*pattern_, text.substr(begin, match->begin - begin), ids);
             ids.push(match->id);
             begin = match->begin + match->size;
@@ -295,9 +291,8 @@ void bind_tokenizer(py::module_& m) {
         .def(py::init<const py::dict&, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>&,
                       const std::string&, const py::dict&>(),
              arg("tokens"), arg("merges"), arg("pattern"), arg("special_tokens"))
-        .def("encode", &Encoder::encode, arg("text"), arg("allowed") = nullptr, arg("disallowed") = nullptr)
-        .def("encode_to_numpy", &Encoder::encode_to_numpy, arg("text"), arg("allowed") = nullptr,
-             arg("disallowed") = nullptr)
+        .def("encode", &Encoder::encode, arg("text"), arg("allowed"), arg("disallowed"))
+        .def("encode_to_numpy", &Encoder::encode_to_numpy, arg("text"), arg("allowed"), arg("disallowed"))
         .def("encode_batch", &Encoder::encode_batch, arg("texts"), arg("allowed"), arg("disallowed"),
              arg("num_threads"))
         .def("encode_piece", &Encoder::encode_piece, arg("piece"))

@@ -69,6 +69,7 @@ class Tokenizer:
         self.eos_token_id = next((self.special_tokens[t] for t in _END_OF_TEXT if t in self.special_tokens), None)
         self._regex = None if self.pattern in PATTERN_NAMES else _compile(self.pattern)
         self._native = self._build()
+        self._no_specials = native().SpecialTokens([])
         self._all_specials = native().SpecialTokens(list(self.special_tokens.items()))
         self._matcher = lru_cache(maxsize=64)(partial(_make_matcher, self.special_tokens))
 
@@ -131,17 +132,11 @@ class Tokenizer:
         Raises:
             TokenizerError: the text holds a disallowed special token.
         """
-        allowed, disallowed = self._policy(allowed_special, disallowed_special)
-        if self._regex is not None:
-            return self._encode_by_regex(text, allowed, disallowed)
-        try:
-            return self._native.encode(text, allowed, disallowed)
-        except UnicodeEncodeError:
-            return self._native.encode(_without_surrogates(text), allowed, disallowed)
+        return self._encode(text, *self._policy(allowed_special, disallowed_special))
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of `text` with no regard to special tokens: `encode(text, disallowed_special=())`."""
-        return self.encode(text, disallowed_special=())
+        return self._encode(text, self._no_specials, self._no_specials)
 
     def encode_to_numpy(
         self,
@@ -295,12 +290,12 @@ class Tokenizer:
             raise TokenizerError(f"this vocabulary cannot be used: {error}") from None
 
     def _policy(self, allowed: AllowedSpecial, disallowed: DisallowedSpecial) -> tuple[Any, Any]:
-        """Native matchers of what is allowed and what is disallowed; None for nothing."""
+        """Native matchers of what is allowed and what is disallowed."""
         if disallowed == "all":
             if not allowed:
-                return None, self._all_specials
+                return self._no_specials, self._all_specials
             if allowed == "all":
-                return self._all_specials, None
+                return self._all_specials, self._no_specials
             disallowed = self.special_tokens.keys() - allowed
         elif isinstance(disallowed, str):
             raise TypeError(f'disallowed_special must be "all" or a collection of str, not {disallowed!r}')
@@ -309,9 +304,8 @@ class Tokenizer:
         elif isinstance(allowed, str):
             raise TypeError(f'allowed_special must be "all" or a set of str, not {allowed!r}')
         else:
-            allowed = self.special_tokens.keys() & allowed
-            allowed_matcher = self._matcher(frozenset(allowed)) if allowed else None
-        return allowed_matcher, self._matcher(frozenset(disallowed)) if disallowed else None
+            allowed_matcher = self._matcher(frozenset(self.special_tokens.keys() & allowed))
+        return allowed_matcher, self._matcher(frozenset(disallowed))
 
     def _pretokenize(self, text: str) -> list[bytes]:
         if self._regex is None:
@@ -324,15 +318,22 @@ class Tokenizer:
         pieces.append(text[end:])
         return [piece.encode() for piece in pieces if piece]
 
+    def _encode(self, text: str, allowed: Any, disallowed: Any) -> list[int]:
+        if self._regex is not None:
+            return self._encode_by_regex(text, allowed, disallowed)
+        try:
+            return self._native.encode(text, allowed, disallowed)
+        except UnicodeEncodeError:
+            return self._native.encode(_without_surrogates(text), allowed, disallowed)
+
     def _encode_by_regex(self, text: str, allowed: Any, disallowed: Any) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
             text = _without_surrogates(text)
-        if disallowed is not None:
-            disallowed.refuse(text)
+        disallowed.refuse(text)
         ids: list[int] = []
-        for part in [text] if allowed is None else allowed.split(text):
+        for part in allowed.split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
