@@ -142,6 +142,7 @@ class _Reader:
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
         self.path = path
         self.document = document
+        self.bytes_of: dict[str, bytes] = {}
 
     def tokenizer(self) -> Tokenizer:
         from fastlm.tokenizer.tokenizer import Tokenizer
@@ -264,9 +265,10 @@ class _Reader:
                     self.fail(f"{token!r:.60} has id {i} in the vocab and {special_tokens[token]} as an added token")
                 continue
             try:
-                ranks[from_chars(token)] = i
-            except KeyError as error:
-                self.fail(f"token {token!r:.60} holds {error}, which stands for no byte; is this byte-level BPE?")
+                self.bytes_of[token] = data = from_chars(token)
+            except ValueError:
+                self.fail(f"token {token!r:.60} holds a character that stands for no byte; is this byte-level BPE?")
+            ranks[data] = i
         if b"" in ranks or max(map(len, ranks), default=0) > MAX_TOKEN_BYTES:
             self.fail(f"a token is empty or longer than {MAX_TOKEN_BYTES} bytes")
         ids = [*ranks.values(), *special_tokens.values()]
@@ -287,15 +289,12 @@ class _Reader:
         merges = []
         for number, entry in enumerate(entries):
             parts = entry.split(" ") if isinstance(entry, str) else entry
-            if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+            if not isinstance(parts, list) or list(map(type, parts)) != [str, str]:
                 self.fail(f"merge {number} is {entry!r:.60}, not a pair of tokens")
-            try:
-                left, right = map(from_chars, parts)
-            except KeyError as error:
-                self.fail(f"merge {number} holds {error}, which stands for no byte")
-            for token in (left, right, left + right):
-                if token not in ranks:
-                    self.fail(f"merge {number} needs the token {to_chars(token)!r:.60}, which the vocab lacks")
+            left, right = map(self.bytes_of.get, parts)
+            if left is None or right is None or left + right not in ranks:
+                lacking = next(text for text in (*parts, "".join(parts)) if text not in self.bytes_of)
+                self.fail(f"merge {number} needs the token {lacking!r:.60}, which the vocab lacks")
             merges.append((left, right))
         if len(set(merges)) != len(merges):
             self.fail("a merge is there twice")

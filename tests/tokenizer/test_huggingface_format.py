@@ -49,6 +49,9 @@ def test_byte_alphabet_is_hugging_faces() -> None:
     assert set(CHAR_TO_BYTE) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert to_chars(b" \n\xad") == "ĠĊŃ"
     assert from_chars(to_chars(bytes(range(256)))) == bytes(range(256))
+    for char in (" ", "\n", "\xad", "\u0200", "한", "\uffff", "\ud800"):
+        with pytest.raises(ValueError):
+            from_chars(f"a{char}")
 
 
 @pytest.mark.parametrize("pattern", hf.PATTERNS)
