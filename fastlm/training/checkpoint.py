@@ -98,6 +98,12 @@ def save_best(run: Path, model: LanguageModel, *, eos_token_id: int) -> None:
         raise CheckpointError(f"could not write {directory}: {error.strerror or error}; make room") from error
 
 
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a process that was killed while writing left behind. No other process may be training here."""
+    for path in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def load_checkpoint(directory: Path, model: LanguageModel, optimizer: Optimizer) -> TrainingState:
     """Puts a checkpoint into a model and an optimizer that were built from the same configuration.
 

@@ -24,6 +24,7 @@ from fastlm.training.checkpoint import (
     TrainingState,
     checkpoint_directories,
     load_checkpoint,
+    remove_leftovers,
     save_best,
     save_checkpoint,
 )
@@ -120,6 +121,7 @@ def train(
     model = build_model(model_config).to(device).train()
     optimizer = Optimizer(model, config)
     state = TrainingState()
+    remove_leftovers(out)
     checkpoints = checkpoint_directories(out)
     if checkpoints:
         state = load_checkpoint(checkpoints[-1], model, optimizer)

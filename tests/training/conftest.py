@@ -16,7 +16,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 kB of English documentation and Korean sentences."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     english = "".join(str(topics[name]) for name in sorted(topics))[:75_000]
-    path.write_text(english + KOREAN * 40, encoding="utf-8")
+    pieces = (english[i : i + 2000] + KOREAN for i in range(0, len(english), 2000))
+    path.write_text("".join(pieces), encoding="utf-8")
     return path
 
 
