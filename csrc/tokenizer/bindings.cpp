@@ -173,7 +173,8 @@ public:
         if (!sequence) throw py::error_already_set();
         std::string out;
         for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(sequence.ptr()); ++i) {
-            const py::handle value = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
+            // Kept, because __index__ of an item may change the list that it is in.
+            const auto value = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(sequence.ptr(), i));
             const auto id = small_int(value);
             if (!id) raise_unknown(py::str(value), static_cast<size_t>(i));
             out += bytes_of(*id, static_cast<size_t>(i));

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +78,8 @@ def test_ids_equal_tiktoken_for_published_encodings_on_real_text(
         assert ours.decode(ours.encode(text)) == text, kind
 
 
-def test_ids_equal_tiktoken_for_published_encodings_on_random_text(
-    published: tuple[Tokenizer, tiktoken.Encoding], fresh_seed: int
-) -> None:
-    ours, theirs = published
-    rng = random.Random(fresh_seed)
-    for _ in range(10_000):
+def compare_on_random_text(ours: Tokenizer, theirs: tiktoken.Encoding, rng: random.Random, count: int) -> None:
+    for _ in range(count):
         length = rng.choice([1, 2, 3, 8, 20, 60])
         kind = rng.random()
         if kind < 0.4:
@@ -92,7 +90,22 @@ def test_ids_equal_tiktoken_for_published_encodings_on_random_text(
             text = "".join(
                 chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(length)
             )
-        assert ours.encode_ordinary(text) == theirs.encode_ordinary(text), repr(text)
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode_ordinary(text), repr(text)
+        assert ours.decode_bytes(ids) == text.encode(), repr(text)
+
+
+def test_ids_equal_tiktoken_for_published_encodings_on_random_text(
+    published: tuple[Tokenizer, tiktoken.Encoding], fresh_seed: int
+) -> None:
+    compare_on_random_text(*published, random.Random(fresh_seed), 8000)
+
+
+@pytest.mark.slow
+def test_ids_equal_tiktoken_on_a_quarter_million_random_texts(
+    published: tuple[Tokenizer, tiktoken.Encoding], fresh_seed: int
+) -> None:
+    compare_on_random_text(*published, random.Random(fresh_seed), 250_000)
 
 
 @settings(deadline=None, max_examples=300)
@@ -323,3 +336,15 @@ def test_published_special_tokens_equal_tiktoken(tiktoken_cache: Path) -> None:
         assert ours.special_tokens == theirs._special_tokens
         assert ours.vocab_size == theirs.n_vocab
         assert ours.eos_token_id == theirs.eot_token
+
+
+def test_package_imports_without_the_native_core() -> None:
+    script = (
+        "import sys; sys.modules['fastlm._native'] = None\n"
+        "import fastlm.tokenizer; from fastlm.tokenizer import Tokenizer, BpeTrainer, words\n"
+        "from fastlm.errors import NativeCoreError\n"
+        "try: Tokenizer({b'a': 0}, pattern='gpt2')\n"
+        "except NativeCoreError: print('refused')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("refused\n", 0), result.stderr
