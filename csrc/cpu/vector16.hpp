@@ -68,6 +68,17 @@ FASTLM_INLINE void store_first(T* p, int64_t n, const Floats& v) {
     std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// The elements at p, at most 16: `left` of them, the rest 0.
+template <class T>
+FASTLM_INLINE Floats load_up_to(const T* p, int64_t left) {
+    return left >= kLanes ? load(p) : load_first(p, left, 0.0f);
+}
+
+template <class T>
+FASTLM_INLINE void store_up_to(T* p, int64_t left, const Floats& v) {
+    left >= kLanes ? store(p, v) : store_first(p, left, v);
+}
+
 FASTLM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 FASTLM_INLINE float sum(Floats v) {

@@ -48,7 +48,7 @@ def rms_norm(
     return y if residual is None else (y, h)
 
 
-OP = Op("rms_norm", rms_norm, ("triton", "reference"))
+OP = Op("rms_norm", rms_norm, ("triton", "cpu", "reference"))
 
 
 def _run_forward(

@@ -49,14 +49,14 @@ def _backward_kernel(
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     mask = columns < hidden_size
-    weight = tl.load(weight_ptr + columns, mask, 0.0).to(tl.float32) + weight_offset
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         rstd = tl.load(rstd_ptr + row)
         normalized = tl.load(h_ptr + row * h_stride + columns, mask, 0.0).to(tl.float32) * rstd
         grad_y = tl.load(grad_y_ptr + row * grad_y_stride + columns, mask, 0.0).to(tl.float32)
         grad_weight += grad_y * normalized
-        grad_normalized = grad_y * weight
+        # Loaded for each row, out of the cache: held for all rows it would not fit in registers beside grad_weight.
+        grad_normalized = grad_y * (tl.load(weight_ptr + columns, mask, 0.0).to(tl.float32) + weight_offset)
         mean = tl.sum(grad_normalized * normalized) / hidden_size
         grad_x = (grad_normalized - normalized * mean) * rstd
         if HAS_GRAD_H:

@@ -98,7 +98,7 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-OP = Op("rotary", rotary, ("triton", "reference"))
+OP = Op("rotary", rotary, ("triton", "cpu", "reference"))
 
 
 def _run(

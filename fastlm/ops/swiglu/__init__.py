@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, *, activation: Literal["silu", "gelu_tanh"]
     return _forward(gate, up, activation)
 
 
-OP = Op("swiglu", swiglu, ("triton", "reference"))
+OP = Op("swiglu", swiglu, ("triton", "cpu", "reference"))
 
 
 def _run_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
