@@ -1,4 +1,4 @@
-"""On the CPU: `csrc/cpu/rms_norm.cpp`, which reads each row from memory once; plain torch makes a pass for each step."""
+"""On the CPU: `csrc/cpu/rms_norm.cpp` reads each row from memory once; plain torch makes a pass for each step."""
 
 from __future__ import annotations
 
