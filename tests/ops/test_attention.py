@@ -13,10 +13,10 @@ from tests.ops.helpers import assert_as_exact_as, poisoned_memory
 
 # seq_q, seq_k, heads, kv_heads, head_dim, options. The interpreter's tiles are 16 and 32 long.
 CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
-    "full": (40, 70, 2, 2, 16, {}),
+    "full": (40, 50, 2, 2, 16, {}),
     "full, tile": (32, 32, 1, 1, 16, {}),
-    "causal": (67, 67, 2, 2, 32, {"causal": True}),
-    "causal, gqa": (65, 65, 4, 2, 16, {"causal": True}),
+    "causal": (67, 67, 1, 1, 32, {"causal": True}),
+    "causal, gqa": (49, 49, 4, 2, 16, {"causal": True}),
     "causal, tile - 1": (31, 31, 2, 1, 16, {"causal": True}),
     "causal, gqa, tile + 1, padded head_dim": (33, 33, 4, 2, 24, {"causal": True}),
     "mqa": (33, 37, 3, 1, 16, {"scale": 0.5}),
@@ -153,7 +153,9 @@ def test_forward_and_backward_match_float64(backend, case, dtype, device, monkey
         results[1] = results[1].masked_fill(empty, 0.0)
     for name, a, b, c in zip(("out", "lse", "q", "k", "v", "option"), ours, plain, exact, strict=False):
         assert a.dtype == (torch.float32 if name == "lse" else dtype)
-        assert_as_exact_as(a, b, c)
+        # A sink's gradient is a sum that nearly cancels, over delta of the rounded out, and there are only a few of them.
+        floor = 4 * torch.finfo(dtype).eps if name == "option" and "sinks" in options else 1e-6
+        assert_as_exact_as(a, b, c, floor=floor)
 
 
 VISIBLE = [

@@ -21,26 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.ops.attention.tiles import tiles
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Tiles(NamedTuple):
-    """How one kernel cuts the problem: queries and keys a tile, warps a program, tiles in flight."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_tiles(head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """Tiles by padded head_dim, dtype and chip (80 for sm_80); 0 is the interpreter."""
-    if chip == 0:
-        return Tiles(32, 16, 1, 1)
-    if dtype == torch.float32:
-        return Tiles(64, 32, 4, 2) if head_dim <= 64 else Tiles(32, 16 if head_dim > 128 else 32, 4, 1)
-    return Tiles(128, 64, 8 if head_dim > 64 else 4, 2)
 
 
 def supports(
@@ -357,8 +341,8 @@ def forward(
         lse = torch.full((call.heads, call.seq_q), -torch.inf, dtype=torch.float32, device=q.device)
     else:
         lse = torch.empty((call.batch, call.heads, call.seq_q), dtype=torch.float32, device=q.device)
-    tiles = forward_tiles(int(call.constants["BLOCK_D"]), q.dtype, capability(q.device))
-    grid = (call.batch * call.heads, triton.cdiv(call.longest_q, tiles.block_m))
+    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device))
+    grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 in grid:
         return out, lse
     _forward_kernel[grid](
@@ -366,8 +350,8 @@ def forward(
         q if cu_seqlens_q is None else cu_seqlens_q, q if cu_seqlens_k is None else cu_seqlens_k,
         *strides(q, call.packed), *strides(k, call.packed), *strides(v, call.packed),
         call.heads, call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor,
-        **call.constants, SINKS=sinks is not None, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, STAGES=tiles.num_stages,
+        **call.constants, SINKS=sinks is not None, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        num_warps=cut.num_warps, STAGES=cut.num_stages,
     )  # fmt: skip
     return out, lse
 

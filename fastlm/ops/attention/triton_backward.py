@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm.ops.attention.reference import sinks_gradient
+from fastlm.ops.attention.tiles import tiles
 from fastlm.ops.attention.triton import (
     LOG2_E,
-    Tiles,
     capability,
     key_phases,
     load_tile,
@@ -32,24 +32,6 @@ from fastlm.ops.attention.triton import (
     strides,
     tanh,
 )
-
-
-def key_tiles(head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """Tiles of the kernel for grad_k and grad_v."""
-    if chip == 0:
-        return Tiles(16, 32, 1, 1)
-    if dtype == torch.float32:
-        return Tiles(32, 64, 4, 1) if head_dim <= 64 else Tiles(16, 32 if head_dim <= 128 else 16, 4, 1)
-    return Tiles(64, 128, 8, 2) if head_dim <= 128 else Tiles(32, 64, 8, 1)
-
-
-def query_tiles(head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """Tiles of the kernel for grad_q."""
-    if chip == 0:
-        return Tiles(32, 16, 1, 1)
-    if dtype == torch.float32:
-        return Tiles(64, 32, 4, 1) if head_dim <= 64 else Tiles(32 if head_dim <= 128 else 16, 16, 4, 1)
-    return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 8, 1)
 
 
 @triton.jit
@@ -82,8 +64,8 @@ def _key_gradients(
 ):  # fmt: skip
     """Everything here is transposed: keys are rows, queries columns, so that no product needs a transposed register.
 
-    A branch, the same for all threads, masks the tiles outside [whole_start, whole_end): three copies of this loop, as in
-    the forward, would not fit the registers.
+    The branch that masks tiles outside [whole_start, whole_end) is the same for all threads. Three copies of the loop,
+    as in the forward, would not fit the registers.
     """
     columns = tl.arange(0, BLOCK_M)
     for tile in tl.range(start, end, BLOCK_M, num_stages=STAGES):
@@ -191,28 +173,29 @@ def _key_kernel(
 
 @triton.jit
 def _query_gradient(
-    grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, end,
+    grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, whole_end, end,
     positions, seq_k, window, inner, factor,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
-    for tile in tl.range(start, end, BLOCK_N, num_stages=1 if MASKED else STAGES):
+    for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         offset = tl.cast(tile, tl.int64)
-        k = load_tile(k_ptr + offset * k_stride, k_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
+        left = seq_k - tile
+        k = load_tile(k_ptr + offset * k_stride, k_stride, columns, left, True, HEAD_DIM, BLOCK_D)
         logits = matmul(q, tl.trans(k), None, PRECISION)
         if SOFTCAP:
             logits = tanh(logits * inner)
         weights = tl.exp2(logits * factor - lse[:, None])
-        if MASKED:
+        if (tile < whole_start) | (tile >= whole_end):
             keys = tile + columns
-            seen = keys[None, :] < seq_k
+            seen = columns[None, :] < left
             if CAUSAL:
                 seen = seen & (keys[None, :] <= positions[:, None])
             if WINDOW:
                 seen = seen & (keys[None, :] > positions[:, None] - window)
             weights = tl.where(seen, weights, 0.0)
-        v = load_tile(v_ptr + offset * v_stride, v_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
+        v = load_tile(v_ptr + offset * v_stride, v_stride, columns, left, True, HEAD_DIM, BLOCK_D)
         grad_logits = weights * (matmul(grad_out, tl.trans(v), None, PRECISION) - delta[:, None])
         if SOFTCAP:
             grad_logits *= 1 - logits * logits
@@ -270,21 +253,10 @@ def _query_kernel(
     delta = tl.load(delta_ptr + lse_offset + rows, rows < left, 0.0)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     start, whole_start, whole_end, end = key_phases(first_row, last_row, shift, seq_k, window, CAUSAL, WINDOW, BLOCK_N)
-    if WINDOW:
-        grad_q = _query_gradient(
-            grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start,
-            positions, seq_k, window, inner, factor,
-            True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
-        )  # fmt: skip
     grad_q = _query_gradient(
-        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end,
+        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, whole_end, end,
         positions, seq_k, window, inner, factor,
-        False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
-    )  # fmt: skip
-    grad_q = _query_gradient(
-        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, whole_end, end,
-        positions, seq_k, window, inner, factor,
-        True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
+        CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     store_tile(grad_q_ptr, heads * HEAD_DIM, rows, left, grad_q * scale, HEAD_DIM, BLOCK_D)
 
@@ -331,19 +303,19 @@ def backward(
     all_strides = tuple(stride for t in (q, k, v, grad_out) for stride in strides(t, call.packed))
     scalars = (call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor, scale)
 
-    tiles = key_tiles(block_d, q.dtype, chip)
-    grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, tiles.block_n))
+    cut = tiles("keys", q.shape[-1], q.dtype, chip)
+    grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, cut.block_n))
     if 0 not in grid:
         _key_kernel[grid](
             *inputs, grad_k, grad_v, *offsets, *all_strides, kv_heads, *scalars, **call.constants,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, STAGES=tiles.num_stages,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps, STAGES=cut.num_stages,
         )  # fmt: skip
-    tiles = query_tiles(block_d, q.dtype, chip)
-    grid = (call.batch * call.heads, triton.cdiv(call.longest_q, tiles.block_m))
+    cut = tiles("queries", q.shape[-1], q.dtype, chip)
+    grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 not in grid:
         _query_kernel[grid](
             *inputs, grad_q, *offsets, *all_strides, call.heads, *scalars, **call.constants,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, STAGES=tiles.num_stages,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps, STAGES=cut.num_stages,
         )  # fmt: skip
     grad_sinks = none if sinks is None else sinks_gradient(delta, lse, sinks).to(sinks.dtype)
     return grad_q, grad_k, grad_v, none, grad_sinks
