@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlm.model import ModelConfig, RNNConfig, build_model
+from fastlm.model.checkpoint import LanguageModel
+from fastlm.tokenizer import BpeTrainer, Tokenizer
+
+TEXT = "이 영화는 정말 재미있었다. The film was good, 음악도 좋았다! 🎬\n" * 30
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return BpeTrainer(300).train_from_iterator([TEXT])
+
+
+def random_model(config: ModelConfig | RNNConfig) -> LanguageModel:
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.ndim == 2 else parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(params=["transformer", "lstm", "gru"])
+def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> LanguageModel:
+    if request.param == "transformer":
+        return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, 64, qk_norm=True))
+    return random_model(RNNConfig(tokenizer.vocab_size, 24, 1, 64, request.param))
+
+
+@pytest.fixture
+def transformer(tokenizer: Tokenizer) -> LanguageModel:
+    return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, 16))
