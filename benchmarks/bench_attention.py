@@ -1,9 +1,9 @@
-"""Attention, forward and with its backward, beside plain PyTorch, torch's SDPA and, on a GPU, cuDNN and FlexAttention."""
+"""Attention, forward and with its backward, beside plain PyTorch, SDPA and, on a GPU, cuDNN and FlexAttention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from fastlm.benchmarks.harness import Bound, Case
@@ -48,15 +48,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | No
         return call().transpose(1, 2)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+@cache
+def compiled_flex(seq: int, causal: bool, device: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
-    if causal:
-        seq = q.shape[1]
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq, seq, device=q.device.type)
-    compiled = torch.compile(flex_attention)
-    return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask).transpose(1, 2)
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq, seq, device=device) if causal else None
+    return partial(torch.compile(flex_attention), block_mask=mask)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    function = compiled_flex(q.shape[1], causal, q.device.type)
+    return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def forward_only(function: Function, tensors: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (function(*tensors),)
 
 
 def with_backward(function: Function, tensors: list[Tensor], grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -95,8 +101,8 @@ def cases(device: str) -> Iterable[Case]:
         name = f"{batch}×{seq}×{heads}/{kv_heads}×{head_dim} {'causal' if causal else 'full'}"
         yield Case(
             name=f"forward {name}",
-            ours=partial(lambda t, c: (ours(*t, causal=c),), frozen, causal),
-            peers={p: partial(lambda f, t, c: (f(*t, causal=c),), f, frozen, causal) for p, f in peers.items()},
+            ours=forward_only(partial(ours, causal=causal), frozen),
+            peers={p: forward_only(partial(f, causal=causal), frozen) for p, f in peers.items()},
             check=check,
             bound=Bound(flops=flops, dtype=dtype),
             work=flops,

@@ -153,7 +153,7 @@ def test_forward_and_backward_match_float64(backend, case, dtype, device, monkey
         results[1] = results[1].masked_fill(empty, 0.0)
     for name, a, b, c in zip(("out", "lse", "q", "k", "v", "option"), ours, plain, exact, strict=False):
         assert a.dtype == (torch.float32 if name == "lse" else dtype)
-        # A sink's gradient is a sum that nearly cancels, over delta of the rounded out, and there are only a few of them.
+        # A sink's gradient is a sum that nearly cancels, over delta of the rounded out, and sinks are few.
         floor = 4 * torch.finfo(dtype).eps if name == "option" and "sinks" in options else 1e-6
         assert_as_exact_as(a, b, c, floor=floor)
 

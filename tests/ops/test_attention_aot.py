@@ -55,6 +55,7 @@ def test_tensor_cores_are_used_and_registers_suffice(kernel, head_dim, chip):
 def test_every_option_at_once_compiles_onto_tensor_cores(kernel, chip):
     compiled = compile_kernel(kernel, 128, chip, PACKED=True, WINDOW=True, SOFTCAP=True, SINKS=True)
     assert INSTRUCTION[chip] in compiled.ptx
+    assert compiled.spill_bytes <= 256
     assert compiled.shared_bytes <= SHARED_LIMIT[chip]
 
 
