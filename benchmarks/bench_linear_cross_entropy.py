@@ -55,8 +55,8 @@ def cases(device: str) -> Iterable[Case]:
             leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
             yield Case(
                 name=f"forward + backward {name}",
-                ours=forward_backward(linear_cross_entropy, *leaves, targets),
-                peers={peer: forward_backward(f, *leaves, targets) for peer, f in peers.items()},
+                ours=forward_backward(linear_cross_entropy, leaves[0], leaves[1], targets),
+                peers={peer: forward_backward(f, leaves[0], leaves[1], targets) for peer, f in peers.items()},
                 check=check,
                 bound=Bound(flops=3 * product, dtype=dtype),
                 work=tokens,

@@ -55,8 +55,8 @@ def cases(device: str) -> Iterable[Case]:
         leaves = [t.detach().requires_grad_() for t in (q, k)]
         yield Case(
             name=f"forward + backward {name}",
-            ours=forward_backward(rotary, *leaves, tables, grads),
-            peers={peer: forward_backward(f, *leaves, tables, grads) for peer, f in peers.items()},
+            ours=forward_backward(rotary, leaves[0], leaves[1], tables, grads),
+            peers={peer: forward_backward(f, leaves[0], leaves[1], tables, grads) for peer, f in peers.items()},
             check=check,
             bound=Bound(bytes=2 * moved),
         )

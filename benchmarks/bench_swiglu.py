@@ -49,8 +49,8 @@ def cases(device: str) -> Iterable[Case]:
             leaves = [t.detach().requires_grad_() for t in (gate, up)]
             yield Case(
                 name=f"forward + backward {name}",
-                ours=forward_backward(swiglu, *leaves, grad),
-                peers={peer: forward_backward(f, *leaves, grad) for peer, f in peers.items()},
+                ours=forward_backward(swiglu, leaves[0], leaves[1], grad),
+                peers={peer: forward_backward(f, leaves[0], leaves[1], grad) for peer, f in peers.items()},
                 check=check,
                 bound=Bound(bytes=8 * one),  # and reads grad, gate, up, writes two gradients
             )

@@ -27,6 +27,7 @@ from fastlm._files import write_atomic
 from fastlm.errors import DataError
 
 PEERS = ("torch", "triton", "transformers", "tokenizers", "tiktoken", "numpy")
+SCALED_UNITS = {"bytes": "B", "FLOP": "FLOP", "flops": "FLOP"}  # those that are written with k, M or G
 _REGION = re.compile(r"(<!-- benchmarks:(summary|full) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 
@@ -110,10 +111,10 @@ def rate_text(result: Result) -> str:
     """Ours, in its unit a second: "12.3 MB/s"; empty when the case has no unit of work."""
     if not result.rate:
         return ""
-    if result.unit != "bytes":
+    if result.unit not in SCALED_UNITS:
         return f"{_three_digits(result.rate)} {result.unit}/s"
     prefix, scale = next(p for p in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 0.0)) if result.rate >= p[1])
-    return f"{_three_digits(result.rate / (scale or 1.0))} {prefix}B/s"
+    return f"{_three_digits(result.rate / (scale or 1.0))} {prefix}{SCALED_UNITS[result.unit]}/s"
 
 
 def bound_text(result: Result) -> str:

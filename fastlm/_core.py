@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from types import ModuleType
 
@@ -19,6 +20,14 @@ def native() -> ModuleType:
             "pip install --force-reinstall --no-deps fastlm"
         ) from None
     return module
+
+
+@cache
+def native_missing() -> str | None:
+    """Why ops cannot use the C++ core, or None. Says so without loading it."""
+    if importlib.util.find_spec("fastlm._native") is None:
+        return "needs the native core, which is not built (reinstall where a C++20 compiler is present)"
+    return None
 
 
 @cache

@@ -14,14 +14,8 @@ import fastlm
 HIDE = """
 import sys
 
-class Hidden:
-    names = {"triton", "fastlm._native", "fastlm._cuda"}
-
-    def find_spec(self, name, path=None, target=None):
-        if name in self.names or name.split(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Hidden())
+for name in ("triton", "fastlm._native", "fastlm._cuda"):
+    sys.modules[name] = None  # importing it now fails as if it were not installed
 """
 HEAVY = ("triton", "transformers", "tokenizers", "matplotlib", "typer", "rich", "fastlm._native", "fastlm._cuda")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,7 +75,9 @@ def command(
     for name in names:
         outcomes = _run_one(name, harness.run(name, device, ceilings, seconds), report)
         if not quiet:
-            _print_table(name, outcomes)
+            console.print(f"[bold]{name}[/]")
+            print_outcomes(outcomes)
+            console.print()
         report.notes = harness.left_out()
         if json_file and not quiet:  # after every benchmark: what is measured stays when a later one is interrupted
             report.save(json_file)
@@ -106,37 +108,36 @@ def _run_one(name: str, outcomes: Iterator[Result | Failure], report: Report) ->
     return done
 
 
-def _print_table(name: str, outcomes: list[Result | Failure]) -> None:
-    from rich.table import Table
+def print_outcomes(outcomes: Sequence[Result | Failure]) -> None:
+    """A line for each case, and below it a line for each peer."""
     from rich.text import Text
 
     from fastlm.benchmarks.harness import Failure
-    from fastlm.benchmarks.report import bound_text, rate_text, time_text
+    from fastlm.benchmarks.report import rate_text, time_text
 
-    table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
-    for title in ("case", "peer"):
-        table.add_column(title)
-    for title in ("peer's time", "fastlm", "ratio", "rate", "bound", "of bound"):
-        table.add_column(title, justify="right", no_wrap=True)
+    shown = None
     for outcome in outcomes:
         if isinstance(outcome, Failure):
-            table.add_row(Text(outcome.case), Text("FAILED", "red"))
+            console.print(Text(f"  {outcome.case}: FAILED, {outcome.reason}", "red"), soft_wrap=True)
             continue
-        table.add_row(
-            Text(outcome.case),
-            outcome.peer,
-            time_text(outcome.peer_seconds),
-            time_text(outcome.ours_seconds),
-            Text(f"{outcome.ratio:.2f}×", "green" if outcome.ratio >= 1 else "red"),
-            rate_text(outcome),
-            time_text(outcome.bound_seconds) if outcome.bound_seconds else "",
-            bound_text(outcome),
+        if outcome.case != shown:
+            shown = outcome.case
+            figures = [text for text in (rate_text(outcome), _bound_text(outcome)) if text]
+            line = Text(f"  {outcome.case}").append("".join(f"  {text}" for text in figures), "dim")
+            console.print(line, soft_wrap=True)
+        times = (
+            f"    {outcome.peer:<24} {time_text(outcome.peer_seconds):>9}   fastlm {time_text(outcome.ours_seconds):>9}"
         )
-    console.print(table)
-    for outcome in outcomes:
-        if isinstance(outcome, Failure):
-            console.print(Text(f"{outcome.case}: {outcome.reason}", "red"), soft_wrap=True)
-    console.print()
+        colour = "green" if outcome.ratio >= 1 else "red"
+        console.print(Text(times).append(f"  {outcome.ratio:>6.2f}×", colour), soft_wrap=True)
+
+
+def _bound_text(result: Result) -> str:
+    if result.bound_seconds is None:
+        return ""
+    from fastlm.benchmarks.report import time_text
+
+    return f"{result.share_of_bound:.0%} of the bound, {time_text(result.bound_seconds)}"
 
 
 def _print_list(names: list[str]) -> None:

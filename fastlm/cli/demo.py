@@ -274,10 +274,8 @@ def _generate(out: Path, tokenizer: Tokenizer, lang: Language, say: _Speaker) ->
 
 
 def _measure_ops(say: _Speaker) -> list[Result]:
-    from rich.table import Table
-
     from fastlm.benchmarks import harness
-    from fastlm.benchmarks.report import time_text
+    from fastlm.cli.bench import print_outcomes
 
     say.heading("Ops beside plain PyTorch, measured now", "지금 잰 연산 시간")
     say(
@@ -288,15 +286,12 @@ def _measure_ops(say: _Speaker) -> list[Result]:
     ceilings = harness.measure_ceilings("cpu")
     end = time.monotonic() + OPS_SECONDS
     for name in OP_BENCHMARKS:
+        say.show(f"[bold]{name}[/]")
         for case in islice(harness.load(name, "cpu"), CASES_PER_OP):
-            if time.monotonic() < end:
-                results += harness.run_case(name, case, "cpu", ceilings, seconds=0.2)
-    table = Table("op", "case", "peer", box=None, pad_edge=False, header_style="bold")
-    for title in ("peer's time", "fastlm", "ratio"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for r in results:
-        colour = "green" if r.ratio >= 1 else "red"
-        ratio = f"[{colour}]{r.ratio:.2f}×[/]"
-        table.add_row(r.benchmark, r.case, r.peer, time_text(r.peer_seconds), time_text(r.ours_seconds), ratio)
-    say.show(table)
+            if time.monotonic() > end:
+                break
+            case_results = harness.run_case(name, case, "cpu", ceilings, seconds=0.2)
+            results += case_results
+            if not say.quiet:
+                print_outcomes(case_results)
     return results

@@ -168,7 +168,7 @@ def _pretended_gpu() -> Iterator[None]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)):
+    with FakeTensorMode(), mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)):
         yield
 
 

@@ -37,7 +37,7 @@ def run(*arguments: str) -> Any:
 def test_one_mismatch_fails_the_run_and_the_other_cases_are_measured(tmp_path: Path) -> None:
     result = run("rms_norm", "--seconds", "0.01", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"))
     assert result.exit_code == 1
-    assert "second: ours differs from peer: one is not the other" in result.stdout
+    assert "second: FAILED, ours differs from peer: one is not the other" in result.stdout
     report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert [r["case"] for r in report["results"]] == ["first", "third"]
     assert [f["case"] for f in report["failures"]] == ["second"]

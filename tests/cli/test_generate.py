@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures that are imported)
 from __future__ import annotations
 
 import json
@@ -14,7 +15,7 @@ from tests.inference.conftest import model, tokenizer, transformer  # noqa: F401
 
 
 @pytest.fixture
-def checkpoint(model, tokenizer, tmp_path: Path) -> Path:  # noqa: F811
+def checkpoint(model, tokenizer, tmp_path: Path) -> Path:
     save_model(model, tmp_path / "model", eos_token_id=tokenizer.eos_token_id)
     tokenizer.save(tmp_path / "model" / "tokenizer.json")
     return tmp_path / "model"
@@ -51,7 +52,7 @@ def test_samples_have_seeds_that_follow_and_can_be_drawn_alone(checkpoint: Path,
     assert json.loads(call(monkeypatch, capfdbinary, *alone)[1])["completions"][0] == result["completions"][2]
 
 
-def test_korean_is_read_and_printed_in_a_c_locale(transformer, tokenizer, tmp_path: Path) -> None:  # noqa: F811
+def test_korean_is_read_and_printed_in_a_c_locale(transformer, tokenizer, tmp_path: Path) -> None:
     save_model(transformer, tmp_path)
     tokenizer.save(tmp_path / "tokenizer.json")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

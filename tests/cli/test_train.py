@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures that are imported)
 from __future__ import annotations
 
 import json
@@ -51,7 +52,7 @@ def error_of(run: Run) -> str:
     return lines[0]
 
 
-def test_text_becomes_a_model_and_the_result_is_one_json_object(fastlm, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_text_becomes_a_model_and_the_result_is_one_json_object(fastlm, text_file: Path, tmp_path: Path) -> None:
     run = fastlm("train", "--data", text_file, "--out", tmp_path / "run", "--steps", 12, *SMALL, "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
@@ -101,7 +102,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on_to_the_same_end(
     assert json.loads(resumed.stdout)["bits_per_byte"] == json.loads(whole.stdout)["bits_per_byte"]
 
 
-def test_overwrite_replaces_a_run_but_not_when_the_new_data_is_bad(fastlm, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_overwrite_replaces_a_run_but_not_when_the_new_data_is_bad(fastlm, text_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert fastlm("train", "--data", text_file, "--out", run, "--steps", 2, *SMALL).returncode == 0
     before = (run / "model.safetensors").read_bytes()
@@ -113,7 +114,7 @@ def test_overwrite_replaces_a_run_but_not_when_the_new_data_is_bad(fastlm, text_
     assert json.loads(again.stdout)["steps"] == 3
 
 
-def test_prepared_data_is_trained_on_where_it_lies(fastlm, dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_prepared_data_is_trained_on_where_it_lies(fastlm, dataset, tmp_path: Path) -> None:
     options = OPTIONS.split()
     run = fastlm("train", "--data", dataset.directory, "--out", tmp_path / "run", "--steps", 2, *options, "--json")
     assert run.returncode == 0, run.stderr
@@ -148,7 +149,7 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_no_run(
     fastlm,
     case: int,
     text_file: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     arguments, message = bad_inputs(tmp_path, text_file)[case]
     assert message in error_of(fastlm("train", "--out", tmp_path / "run", *arguments))
@@ -157,7 +158,7 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_no_run(
 
 def test_the_disk_filling_up_is_one_line_and_the_text_can_be_trained_on_after(
     fastlm, text_file: Path, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -257,6 +257,19 @@ def test_inputs_that_do_not_fit_are_named(backend):
         linear_cross_entropy(hidden, weight, targets, reduction="avg")
 
 
+def test_weight_gradient_of_many_chunks_is_as_exact_as_of_one():
+    hidden, weight, targets = inputs(2048, 32, 512, torch.bfloat16, "cpu")
+    targets = torch.randint(
+        0, 512, (2048,)
+    )  # a mean over a power of two, whose gradients the plain version rounds least
+    one = torch.ones(())
+    ours = run(linear_cross_entropy, hidden, weight, targets, one)
+    low = run(plain, hidden, weight, targets, one)
+    exact = run(plain, hidden.double(), weight.double(), targets, one)
+    assert_as_exact_as(ours[1], low[1], exact[1])
+    assert_as_exact_as(ours[2], low[2], exact[2])
+
+
 def peak_allocation(function):
     """Largest sum of bytes that torch holds at once on the CPU while `function` runs, over what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

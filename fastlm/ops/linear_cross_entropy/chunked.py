@@ -15,12 +15,11 @@ from torch import Tensor
 # (logits chunk, targets, scale or None, losses, logprobs, entropy) -> None, in place
 Kernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
 
-MAX_ROUNDED_SUMS = 8  # low-precision additions to the weight gradient that lose less than the plain version does
-
 
 def token_losses(
     kernel: Kernel,
     chunk_size: int,
+    sum_dtype: torch.dtype,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -28,16 +27,13 @@ def token_losses(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`sum_dtype` is what the chunks' shares of the weight's gradient are made and summed in."""
     tokens = hidden.shape[0]
     targets = targets.contiguous()
     scale = scale.contiguous() if scale is not None and (needs_hidden or needs_weight) else None
     losses, logprobs, entropy = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
-    chunks = -(-tokens // chunk_size)
-    sum_dtype = weight.dtype if chunks <= MAX_ROUNDED_SUMS else torch.float32
-    grad_weight = weight.new_empty(0)
-    if needs_weight:
-        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
+    grad_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=sum_dtype, device=weight.device)
     logits = hidden.new_empty(min(chunk_size, tokens), weight.shape[0])
     for start in range(0, tokens, chunk_size):
         rows = slice(start, start + chunk_size)
@@ -48,8 +44,6 @@ def token_losses(
         kernel(chunk, targets[rows], chunk_scale, losses[rows], logprobs[rows], entropy[rows])
         if needs_hidden:
             torch.mm(chunk, weight, out=grad_hidden[rows])
-        if needs_weight and sum_dtype == weight.dtype:
-            grad_weight.addmm_(chunk.t(), chunk_hidden)
-        elif needs_weight:
-            grad_weight += chunk.t() @ chunk_hidden
+        if needs_weight:
+            grad_weight.addmm_(chunk.to(sum_dtype).t(), chunk_hidden.to(sum_dtype))
     return losses, logprobs, entropy, grad_hidden, grad_weight.to(weight.dtype)

@@ -1,6 +1,7 @@
 """On the CPU: chunks of tokens, matrix products by torch, and between them `csrc/cpu/cross_entropy.cpp`, which makes
-loss and gradient of a row of logits while it is in cache. A chunk is a sixteenth of the tokens, so its logits take a
-few percent of the memory that the plain version does.
+loss and gradient of a row of logits while it is in cache. A chunk is a sixteenth of the tokens (a thirty-second in
+bf16, whose shares of the weight's gradient are made and summed in fp32, since rounding each costs more accuracy than
+the plain version loses), so its logits take a few percent of the memory that the plain version does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastlm._core import native
+from fastlm._core import native, native_missing
 from fastlm.ops.linear_cross_entropy import chunked
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -29,7 +30,9 @@ def supports(
     reduction: str,
     return_metrics: bool,
 ) -> str | None:
-    return None if hidden.dtype in DTYPES else f"supports fp32 and bf16, not {hidden.dtype}"
+    if hidden.dtype not in DTYPES:
+        return f"supports fp32 and bf16, not {hidden.dtype}"
+    return native_missing()
 
 
 def token_losses(
@@ -45,8 +48,10 @@ def token_losses(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = partial(_kernel, ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    chunk_size = max(MIN_CHUNK, hidden.shape[0] // 16)
-    return chunked.token_losses(kernel, chunk_size, hidden, weight, targets, scale, needs_hidden, needs_weight)
+    chunk_size = max(MIN_CHUNK, hidden.shape[0] // (16 if hidden.dtype == torch.float32 else 32))
+    return chunked.token_losses(
+        kernel, chunk_size, torch.float32, hidden, weight, targets, scale, needs_hidden, needs_weight
+    )
 
 
 def _kernel(

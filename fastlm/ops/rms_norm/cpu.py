@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._core import native
+from fastlm._core import native, native_missing
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def supports(x: Tensor, weight: Tensor, *, residual: Tensor | None, eps: float, weight_offset: float) -> str | None:
-    return None if x.dtype in DTYPES else f"supports fp32 and bf16, not {x.dtype}"
+    if x.dtype not in DTYPES:
+        return f"supports fp32 and bf16, not {x.dtype}"
+    return native_missing()
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._core import native
+from fastlm._core import native, native_missing
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -15,7 +15,9 @@ def supports(
 ) -> str | None:
     if q.dtype not in DTYPES:
         return f"supports fp32 and bf16, not {q.dtype}"
-    return None if cos.dtype == torch.float32 else f"supports fp32 tables, not {cos.dtype}"
+    if cos.dtype != torch.float32:
+        return f"supports fp32 tables, not {cos.dtype}"
+    return native_missing()
 
 
 def rotate(

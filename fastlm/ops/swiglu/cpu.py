@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._core import native
+from fastlm._core import native, native_missing
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def supports(gate: Tensor, up: Tensor, *, activation: str) -> str | None:
-    return None if gate.dtype in DTYPES else f"supports fp32 and bf16, not {gate.dtype}"
+    if gate.dtype not in DTYPES:
+        return f"supports fp32 and bf16, not {gate.dtype}"
+    return native_missing()
 
 
 def _rows(tensors: list[Tensor]) -> list[Tensor]:
