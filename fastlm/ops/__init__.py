@@ -5,16 +5,19 @@ from fastlm.ops.attention import attention
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary, rotary_tables
+from fastlm.ops.sampling import Sample, sample
 from fastlm.ops.swiglu import swiglu
 
 __all__ = [
     "OPS",
     "Explanation",
+    "Sample",
     "attention",
     "explain",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "sample",
     "swiglu",
 ]
