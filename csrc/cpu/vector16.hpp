@@ -98,7 +98,8 @@ FASTLM_INLINE float maximum(Floats v) {
 // least greatest relative error (4e-9). Below -87.33, where results stop being normal, it is 0; from 88.38 it is
 // infinity; NaN stays NaN.
 FASTLM_INLINE Floats exp(Floats x) {
-    const Floats clamped = x > 89.0f ? broadcast(89.0f) : x;
+    // Between 127.5 · ln 2 and 128 · ln 2 r would be negative, and infinity + r · infinity is NaN.
+    const Floats clamped = x > 88.376f ? broadcast(89.0f) : x;
     const float kRounder = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
     const Floats shifted = clamped * 1.44269504f + kRounder;
     const Floats n = shifted - kRounder;
