@@ -151,7 +151,7 @@ def test_a_model_for_another_vocabulary_is_refused(dataset, tiny, tmp_path: Path
 def test_a_slow_evaluation_of_much_text_leaves_most_of_the_time_to_training() -> None:
     clock = _Clock(TrainingConfig(minutes=1), TrainingState(), time.monotonic(), windows_in_all=10_000)
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.1)  # at this pace all of the text would take 1,000 s
-    assert clock.final_windows() == 90
+    assert clock.final_windows() in (89, 90)
     assert clock.final_seconds < 12
     assert not clock.decay_is_due()
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.0001)  # once warm, it all fits
