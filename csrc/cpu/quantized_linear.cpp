@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/features.hpp"
-#include "cpu/parallel.hpp"
+#include "cpu/threads.hpp"
 #include "cpu/quantized_activations.hpp"
 #include "cpu/quantized_dot.hpp"
 
@@ -78,9 +78,9 @@ void run(const QuantizedLinear<T>& call, int num_threads) {
                                  scale.data(),
                                  sum.data(),
                                  correction.data()};
-        parallel_for(x.batches.count, x.batches.rows < kRowsInParallel ? 1 : num_threads,
+        in_threads(x.batches.count, x.batches.rows < kRowsInParallel ? 1 : num_threads,
                      [&](int64_t begin, int64_t end) { run_best<QuantizeRows>(x, begin, end); });
-        parallel_for((call.out_features + kTileRows - 1) / kTileRows, num_threads,
+        in_threads((call.out_features + kTileRows - 1) / kTileRows, num_threads,
                      [&](int64_t begin, int64_t end) { multiply<Format, Isa>(call, x, first, begin, end); });
     }
 }
