@@ -14,8 +14,7 @@ from fastlm.ops.sampling.triton_search import (
     LOG2_E,
     MAGNITUDE,
     add_online,
-    in_lane,
-    lanes_bound,
+    largest_bound,
     load_tile,
     online_total,
     search,
@@ -27,7 +26,7 @@ from fastlm.ops.sampling.triton_top import top_kernel
 
 NUM_WARPS = 16
 LANES = 32 * NUM_WARPS
-ELEMENTS_PER_THREAD = 16  # of a tile: enough bytes in flight, and the accumulators still fit beside them
+ELEMENTS_PER_THREAD = 8  # of a tile: enough bytes in flight, and the accumulators still fit beside them
 CHUNK = tl.constexpr(128)  # tokens among which the draw searches last
 
 
@@ -65,23 +64,25 @@ def _locate(masses, before, target, COUNT: tl.constexpr):
 @triton.jit
 def _draw(
     row_ptr, vocab_size, threshold, max_logit, scale, min_p, uniform,
-    MIN_P: tl.constexpr, TILES: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    MIN_P: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The drawn id and the mass of all kept tokens: the tile is found first, then the chunk in it, then the token."""
-    tiles = tl.zeros((TILES,), tl.float64)
-    block: tl.constexpr = ROUNDS * LANES * VECTOR
-    for start in range(0, vocab_size, block):
-        x = load_tile(row_ptr, start, vocab_size, ROUNDS, LANES, VECTOR)
-        weights = weigh(x, max_logit, scale, min_p, MIN_P)
-        mass = tl.sum(in_lane(tl.where(to_key(x) >= threshold, weights, 0.0)).to(tl.float64))
-        tiles = tl.where(tl.arange(0, TILES) == start // block, mass, tiles)
-    total = tl.sum(tiles)
+    """The drawn id and the mass of all kept tokens: the block is found first, then the chunk in it, then the token."""
+    blocks = tl.zeros((BLOCKS,), tl.float64)
+    size: tl.constexpr = TILES * LANES * VECTOR
+    for start in range(0, vocab_size, size):
+        masses = tl.zeros((LANES,), tl.float32)
+        for t in tl.static_range(TILES):
+            x = load_tile(row_ptr, start + t * LANES * VECTOR, vocab_size, LANES, VECTOR)
+            weights = weigh(x, max_logit, scale, min_p, MIN_P)
+            masses += tl.sum(tl.where(to_key(x) >= threshold, weights, 0.0), 1)
+        blocks = tl.where(tl.arange(0, BLOCKS) == start // size, tl.sum(masses.to(tl.float64)), blocks)
+    total = tl.sum(blocks)
     target = uniform * total
     before = tl.full((), 0.0, tl.float64)
-    tile, before = _locate(tiles, before, target, TILES)
+    block, before = _locate(blocks, before, target, BLOCKS)
 
-    first = tile * block
-    chunks: tl.constexpr = block // CHUNK
+    first = block * size
+    chunks: tl.constexpr = size // CHUNK
     ids = first + tl.arange(0, chunks)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     x = tl.load(row_ptr + ids, ids < vocab_size, float("-inf")).to(tl.float32)
     weights = weigh(x, max_logit, scale, min_p, MIN_P)
@@ -107,7 +108,7 @@ def _sample_kernel(
     logits_ptr, raw_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     repetition_ptr, presence_ptr, frequency_ptr, seed_ptr, position_ptr,
     ids_ptr, valid_ptr, logprobs_ptr, processed_ptr, row_stride, raw_stride, vocab_size,
-    MIN_P_FIRST: tl.constexpr, TILES: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    MIN_P_FIRST: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * (row_stride // VECTOR * VECTOR)
@@ -115,28 +116,40 @@ def _sample_kernel(
     divisor = tl.where(temperature > 0, temperature, 1.0)
     scale = tl.minimum(tl.div_rn(tl.full((), LOG2_E, tl.float32), divisor), LARGEST_FLOAT)
 
-    # One pass: the largest logit of each position in a tile, the row's least finite one, NaNs, and sums of exp.
-    lanes = tl.full((ROUNDS, LANES, VECTOR), -INFINITY_KEY, tl.int32)
+    # One pass: the largest logit of each position in the tiles, the least finite one, NaNs, and sums of exp.
+    largest = ()
+    for t in tl.static_range(TILES):
+        largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
     least = tl.full((LANES,), INFINITY_KEY, tl.int32)
     magnitude = tl.zeros((LANES,), tl.int32)
     highest = tl.full((LANES,), -LARGEST_FLOAT, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     raw_highest = highest
     raw_total = total
-    for start in range(0, vocab_size, ROUNDS * LANES * VECTOR):
-        x = load_tile(row_ptr, start, vocab_size, ROUNDS, LANES, VECTOR)
-        keys = to_key(x)
-        lanes = tl.maximum(lanes, keys)
-        least = tl.minimum(least, tl.min(tl.min(tl.where(keys > -INFINITY_KEY, keys, INFINITY_KEY), 2), 0))
-        magnitude = tl.maximum(magnitude, tl.max(tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, 2), 0))
-        if top_p_ptr is not None:
-            highest, total = add_online(highest, total, x, scale)
-        if logprobs_ptr is not None:
-            if raw_ptr is not None:
-                raw_row_ptr = raw_ptr + row * (raw_stride // VECTOR * VECTOR)
-                x = load_tile(raw_row_ptr, start, vocab_size, ROUNDS, LANES, VECTOR)
-            raw_highest, raw_total = add_online(raw_highest, raw_total, x, LOG2_E)
-    max_key = tl.max(tl.max(tl.max(lanes, 2), 0))
+    for start in range(0, vocab_size, TILES * LANES * VECTOR):
+        new_largest = ()
+        for t in tl.static_range(TILES):
+            first = start + t * LANES * VECTOR
+            x = load_tile(row_ptr, first, vocab_size, LANES, VECTOR)
+            keys = to_key(x)
+            new_largest = new_largest + (tl.maximum(largest[t], keys),)  # noqa: RUF005
+            least = tl.minimum(least, tl.min(tl.where(keys > -INFINITY_KEY, keys, INFINITY_KEY), 1))
+            magnitude = tl.maximum(magnitude, tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, 1))
+            if top_p_ptr is not None:
+                highest, total = add_online(highest, total, x, scale)
+            if logprobs_ptr is not None:
+                if raw_ptr is not None:
+                    raw_row_ptr = raw_ptr + row * (raw_stride // VECTOR * VECTOR)
+                    x = load_tile(raw_row_ptr, first, vocab_size, LANES, VECTOR)
+                raw_highest, raw_total = add_online(raw_highest, raw_total, x, LOG2_E)
+        largest = new_largest
+    max_key = -INFINITY_KEY
+    for t in tl.static_range(TILES):
+        max_key = tl.maximum(max_key, tl.max(tl.max(largest[t], 1)))
+    max_logit = to_value(max_key)
+    mass_of_all = online_total(highest, total, max_logit, scale)
+    raw_max = tl.max(raw_highest)
+    raw_log_mass = tl.log(online_total(raw_highest, raw_total, raw_max, LOG2_E)).to(tl.float32)
     valid = (tl.max(magnitude) <= INFINITY_KEY) & (max_key < INFINITY_KEY) & (max_key > -INFINITY_KEY)
     valid = valid & (temperature >= 0) & _finite(temperature)
     if top_k_ptr is not None:
@@ -161,52 +174,51 @@ def _sample_kernel(
     logprob = float("nan")
     processed = float("nan")
     if valid:
-        max_logit = to_value(max_key)
-        low = tl.min(least).to(tl.int64)
-        high = max_key.to(tl.int64) + 1
+        low = tl.min(least)
+        high = max_key + 1
         FLOOR: tl.constexpr = MIN_P_FIRST and min_p_ptr is not None
-        uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-        if temperature == 0:  # the draw among the largest alone takes the first of them at u = 0
+        if temperature == 0:
             low = high - 1
-            uniform = uniform * 0
         else:
             mass = tl.full((), -1.0, tl.float64)  # of the tokens that filters have kept so far
             if top_k_ptr is not None:
                 if (top_k > 0) & (top_k < vocab_size):
-                    low = lanes_bound(lanes, 0.0, top_k, low, high, False)
+                    low = largest_bound(largest, largest, top_k, low, high, False, TILES)
                     low, _, _, mass = search(
                         row_ptr, vocab_size, low, high, top_k, max_logit, scale, min_p,
-                        False, top_p_ptr is not None, FLOOR, ROUNDS, LANES, VECTOR,
+                        False, top_p_ptr is not None, FLOOR, TILES, LANES, VECTOR,
                     )  # fmt: skip
             if top_p_ptr is not None:
                 if top_p < 1:
                     if mass < 0:
                         if FLOOR:
                             _, mass = _draw(
-                                row_ptr, vocab_size, low.to(tl.int32), max_logit, scale, min_p, uniform,
-                                True, TILES, ROUNDS, LANES, VECTOR,
+                                row_ptr, vocab_size, low, max_logit, scale, min_p, mass * 0,
+                                True, BLOCKS, TILES, LANES, VECTOR,
                             )  # fmt: skip
                         else:
-                            mass = online_total(highest, total, max_logit, scale)
+                            mass = mass_of_all
                     goal = top_p.to(tl.float64) * mass
-                    weights = weigh(to_value(lanes), max_logit, scale, min_p, FLOOR)
-                    low = lanes_bound(lanes, weights, goal, low, high, True)
+                    weights = ()
+                    for t in tl.static_range(TILES):
+                        weights = weights + (weigh(to_value(largest[t]), max_logit, scale, min_p, FLOOR),)  # noqa: RUF005
+                    low = largest_bound(largest, weights, goal, low, high, True, TILES)
                     low, _, _, _ = search(
                         row_ptr, vocab_size, low, high, goal, max_logit, scale, min_p,
-                        True, True, FLOOR, ROUNDS, LANES, VECTOR,
+                        True, True, FLOOR, TILES, LANES, VECTOR,
                     )  # fmt: skip
+        uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+        uniform = tl.where(temperature > 0, uniform, 0.0)  # the first of the largest, which alone are kept
         token, mass = _draw(
-            row_ptr, vocab_size, low.to(tl.int32), max_logit, scale, min_p, uniform,
-            min_p_ptr is not None, TILES, ROUNDS, LANES, VECTOR,
+            row_ptr, vocab_size, low, max_logit, scale, min_p, uniform,
+            min_p_ptr is not None, BLOCKS, TILES, LANES, VECTOR,
         )  # fmt: skip
         if logprobs_ptr is not None:
             x = tl.load(row_ptr + token).to(tl.float32)
             raw = x
             if raw_ptr is not None:
                 raw = tl.load(raw_ptr + row * (raw_stride // VECTOR * VECTOR) + token).to(tl.float32)
-            raw_max = tl.max(raw_highest)
-            raw_mass = online_total(raw_highest, raw_total, raw_max, LOG2_E)
-            logprob = (raw - raw_max) - tl.log(raw_mass).to(tl.float32)
+            logprob = (raw - raw_max) - raw_log_mass
             processed = 0.0
             if temperature > 0:
                 processed = tl.div_rn(x - max_logit, temperature) - tl.log(mass).to(tl.float32)
@@ -217,14 +229,15 @@ def _sample_kernel(
         tl.store(processed_ptr + row, processed)
 
 
-def _tile(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """The logits, copied if rows do not start where vectors do, and the shape of a tile, which vocab_size and dtype fix."""
+def _tiles(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """The logits, copied if rows do not start where vectors do; and how to walk over them, by dtype and vocab_size."""
     vector = 16 // logits.element_size()
     if logits.shape[1] % vector:
         vector = 1
     elif logits.data_ptr() % 16 or logits.stride(0) % vector:
         logits = logits.clone(memory_format=torch.contiguous_format)
-    return logits, {"ROUNDS": ELEMENTS_PER_THREAD // vector, "LANES": LANES, "VECTOR": vector}
+    tiles = min(ELEMENTS_PER_THREAD // vector, triton.next_power_of_2(triton.cdiv(logits.shape[1], LANES * vector)))
+    return logits, {"TILES": tiles, "LANES": LANES, "VECTOR": vector}
 
 
 def sample(
@@ -245,7 +258,7 @@ def sample(
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
-    raw, tile = _tile(logits)
+    raw, tiles = _tiles(logits)
     ids = torch.empty(batch, dtype=torch.int64, device=raw.device)
     valid = torch.empty(batch, dtype=torch.bool, device=raw.device)
     logprobs = torch.empty(batch if return_logprobs else 0, dtype=torch.float32, device=raw.device)
@@ -261,17 +274,17 @@ def sample(
     x = raw
     if any(s is not None for s in settings[4:7]) and not (prompt_ids is None and output_ids is None):
         x = penalized(raw, *settings[4:7], prompt_ids, output_ids)
-    block = ELEMENTS_PER_THREAD * LANES
+    block = tiles["TILES"] * LANES * tiles["VECTOR"]
     _sample_kernel[(batch,)](
         x, None if x is raw else raw, *settings, ids, valid,
         logprobs if return_logprobs else None, processed, x.stride(0), raw.stride(0), vocab_size,
-        MIN_P_FIRST=min_p_first, TILES=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
-        **tile, num_warps=NUM_WARPS,
+        MIN_P_FIRST=min_p_first, BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
+        **tiles, num_warps=NUM_WARPS,
     )  # fmt: skip
     if num_logprobs:
         gathered = torch.empty(top, dtype=torch.int64, device=raw.device)
         top_kernel[(batch,)](
             raw, valid, gathered, top_ids, top_logprobs, raw.stride(0), vocab_size, num_logprobs,
-            **tile, num_warps=NUM_WARPS,
+            **tiles, num_warps=NUM_WARPS,
         )  # fmt: skip
     return ids, valid, logprobs, processed, top_ids, top_logprobs

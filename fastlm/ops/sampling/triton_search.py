@@ -1,8 +1,8 @@
 """What the sampling kernels share: how a row is walked over, and the search for the threshold that a filter sets.
 
-A tile is (ROUNDS, LANES, VECTOR) elements: a thread owns one lane and loads VECTOR neighbours (16 bytes) ROUNDS times,
-so sums over the first and last dimension stay inside a thread, and a pass over a row synchronises only at its end.
-Logits are compared as integers in the same order, so that a threshold can be narrowed down to one value exactly.
+A row is walked over in tiles of (LANES, VECTOR) elements, TILES of them at a time: a thread owns one lane and loads
+VECTOR neighbours, 16 bytes, so that sums over a lane stay inside a thread and a pass over a row synchronises only at its
+end. Logits are compared as integers in the same order, so that a threshold can be narrowed to one value exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY_KEY = tl.constexpr(0x7F800000)  # key of +inf; that of -inf is its negative
-PIVOTS = tl.constexpr(8)  # thresholds measured in one pass: 5 instructions an element each, about a pass of memory
+PIVOTS = tl.constexpr(6)  # thresholds measured in one pass, which then takes a little longer than the memory needs
 LINEAR_PASSES = tl.constexpr(4)  # pivots evenly spaced by value, then by key, which ends whatever the logits are
 
 
@@ -33,26 +33,19 @@ def to_value(key):
 
 
 @triton.jit
-def load_tile(row_ptr, start, vocab_size, ROUNDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Logits from `start` on as fp32, -inf beyond the row."""
-    round_ids = tl.arange(0, ROUNDS)[:, None, None] * (LANES * VECTOR)
-    ids = start + round_ids + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+def load_tile(row_ptr, start, vocab_size, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Logits from `start` on, fp32, (LANES, VECTOR); -inf beyond the row."""
+    ids = start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     limit = vocab_size // VECTOR * VECTOR  # the same number; the compiler sees that a vector is inside or outside
     return tl.load(row_ptr + ids, ids < limit, float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def in_lane(tile):
-    """Sums of each lane, (LANES,)."""
-    return tl.sum(tl.sum(tile, 2), 0)
-
-
-@triton.jit
 def add_online(highest, total, x, scale):
     """Running maximum and sum of exp2((x - maximum) · scale) of each lane, with another tile taken in."""
-    new = tl.maximum(highest, tl.max(tl.max(x, 2), 0))
-    weights = tl.exp2((x - new[None, :, None]) * scale)
-    return new, total * tl.exp2((highest - new) * scale) + in_lane(weights)
+    new = tl.maximum(highest, tl.max(x, 1))
+    weights = tl.exp2((x - new[:, None]) * scale)
+    return new, total * tl.exp2((highest - new) * scale) + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -71,18 +64,31 @@ def weigh(x, max_logit, scale, floor, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def lanes_bound(lanes, weights, goal, low, high, BY_MASS: tl.constexpr):
-    """The largest key in [low, high) at which the largest logits of the tile's positions alone reach `goal`, else low.
+def between(low, high, part, parts):
+    """low + (high - low) · part / parts, without the overflow of keys far apart."""
+    wide = low.to(tl.int64)
+    return (wide + (high.to(tl.int64) - wide) * part // parts).to(tl.int32)
+
+
+@triton.jit
+def largest_bound(largest, weights, goal, low, high, BY_MASS: tl.constexpr, TILES: tl.constexpr):
+    """The largest key in [low, high) at which the largest logits of the tiles' positions alone reach `goal`, else low.
 
     A row's top k rarely share a position, so this is nearly always the threshold itself, and never above it.
     """
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        hit = lanes >= middle.to(tl.int32)
+    while low + 1 < high:
+        middle = between(low, high, 1, 2)
         if BY_MASS:
-            enough = tl.sum(in_lane(tl.where(hit, weights, 0.0)).to(tl.float64)) >= goal
+            reached = tl.full((), 0.0, tl.float64)
         else:
-            enough = tl.sum(in_lane(hit.to(tl.int32))) >= goal
+            reached = tl.full((), 0, tl.int32)
+        for i in tl.static_range(TILES):
+            hit = largest[i] >= middle
+            if BY_MASS:
+                reached += tl.sum(tl.sum(tl.where(hit, weights[i], 0.0), 1).to(tl.float64))
+            else:
+                reached += tl.sum(tl.sum(hit.to(tl.int32), 1))
+        enough = reached >= goal
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low
@@ -97,9 +103,8 @@ def pivot(low, high, step, i: tl.constexpr):
         key = low + 1
     else:
         part: tl.constexpr = (i - 1) / (PIVOTS - 1)
-        lowest, highest = to_value(low.to(tl.int32)), to_value((high - 1).to(tl.int32))
-        by_value = to_key(lowest * (1 - part) + highest * part).to(tl.int64)
-        by_key = low + (high - low) * (i - 1) // (PIVOTS - 1)
+        by_value = to_key(to_value(low) * (1 - part) + to_value(high - 1) * part)
+        by_key = between(low, high, i - 1, PIVOTS - 1)
         key = tl.maximum(tl.where(step < LINEAR_PASSES, by_value, by_key), low + 1)
     return tl.maximum(tl.minimum(key, high - 1), low)
 
@@ -108,11 +113,11 @@ def pivot(low, high, step, i: tl.constexpr):
 def search(
     row_ptr, vocab_size, low, high, goal, max_logit, scale, floor,
     BY_MASS: tl.constexpr, MASSES: tl.constexpr, FLOOR: tl.constexpr,
-    ROUNDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The highest threshold in [low, high) above or at which the row still holds `goal`, of tokens or of mass.
 
-    Holds low <= threshold < high, both int64. One pass measures PIVOTS thresholds at once. It ends when one distinct
+    Holds low <= threshold < high. One pass measures PIVOTS thresholds at once. It ends when one distinct
     logit is left between the bounds or, counting, when exactly `goal` tokens lie at or above the lower.
 
     Returns low, high, the number of tokens at or above high, and the mass at or above low (fp64; 0 without MASSES).
@@ -131,24 +136,24 @@ def search(
             counts = counts + (tl.zeros((LANES,), tl.int32),)  # noqa: RUF005
             masses = masses + (tl.zeros((LANES,), tl.float32),)  # noqa: RUF005
         least = tl.full((LANES,), INFINITY_KEY, tl.int32)
-        for start in range(0, vocab_size, ROUNDS * LANES * VECTOR):
-            x = load_tile(row_ptr, start, vocab_size, ROUNDS, LANES, VECTOR)
-            keys = to_key(x)
-            if MASSES:
-                weights = weigh(x, max_logit, scale, floor, FLOOR)
-            above = tl.where(keys >= low.to(tl.int32), keys, INFINITY_KEY)
-            least = tl.minimum(least, tl.min(tl.min(above, 2), 0))
-            new_counts = ()
-            new_masses = ()
-            for i in tl.static_range(PIVOTS):
-                hit = keys >= pivots[i].to(tl.int32)
-                new_counts = new_counts + (counts[i] + in_lane(hit.to(tl.int32)),)  # noqa: RUF005
+        for start in range(0, vocab_size, TILES * LANES * VECTOR):
+            for t in tl.static_range(TILES):
+                x = load_tile(row_ptr, start + t * LANES * VECTOR, vocab_size, LANES, VECTOR)
+                keys = to_key(x)
                 if MASSES:
-                    new_masses = new_masses + (masses[i] + in_lane(tl.where(hit, weights, 0.0)),)  # noqa: RUF005
-                else:
-                    new_masses = new_masses + (masses[i],)  # noqa: RUF005
-            counts = new_counts
-            masses = new_masses
+                    weights = weigh(x, max_logit, scale, floor, FLOOR)
+                least = tl.minimum(least, tl.min(tl.where(keys >= low, keys, INFINITY_KEY), 1))
+                new_counts = ()
+                new_masses = ()
+                for i in tl.static_range(PIVOTS):
+                    hit = keys >= pivots[i]
+                    new_counts = new_counts + (counts[i] + tl.sum(hit.to(tl.int32), 1),)  # noqa: RUF005
+                    if MASSES:
+                        new_masses = new_masses + (masses[i] + tl.sum(tl.where(hit, weights, 0.0), 1),)  # noqa: RUF005
+                    else:
+                        new_masses = new_masses + (masses[i],)  # noqa: RUF005
+                counts = new_counts
+                masses = new_masses
         new_low = low
         new_high = high
         for i in tl.static_range(PIVOTS):
@@ -165,9 +170,9 @@ def search(
             if not enough and pivots[i] < new_high:
                 new_high = pivots[i]
                 count_high = count
-        low = tl.maximum(new_low, tl.min(least).to(tl.int64))
+        low = tl.maximum(new_low, tl.min(least))
         high = new_high
-        is_open = (high - low > 1) & (count_low - count_high > 1)
+        is_open = (low + 1 < high) & (count_low - count_high > 1)
         if not BY_MASS:
             is_open = is_open & (count_low > goal)
         step += 1

@@ -12,7 +12,7 @@ from fastlm.ops.sampling.triton_search import (
     LARGEST_FLOAT,
     LOG2_E,
     add_online,
-    lanes_bound,
+    largest_bound,
     load_tile,
     online_total,
     search,
@@ -27,7 +27,7 @@ LAST_ID = tl.constexpr(0x7FFFFFFF)
 @triton.jit(do_not_specialize=["row_stride", "vocab_size", "n"])
 def top_kernel(
     logits_ptr, valid_ptr, gathered_ptr, ids_ptr, logprobs_ptr, row_stride, vocab_size, n,
-    ROUNDS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """`gathered_ptr`: scratch, (batch, n) int64. A token there is its key, then its id inverted."""
     row = tl.program_id(0).to(tl.int64)
@@ -42,30 +42,34 @@ def top_kernel(
             tl.store(logprobs_ptr + i + group, tl.full((GROUP,), float("nan"), tl.float32), i + group < n)
         return
 
-    lanes = tl.full((ROUNDS, LANES, VECTOR), -INFINITY_KEY, tl.int32)
+    largest = ()
+    for t in tl.static_range(TILES):
+        largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
     highest = tl.full((LANES,), -LARGEST_FLOAT, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
-    block: tl.constexpr = ROUNDS * LANES * VECTOR
-    for start in range(0, vocab_size, block):
-        x = load_tile(row_ptr, start, vocab_size, ROUNDS, LANES, VECTOR)
-        lanes = tl.maximum(lanes, to_key(x))
-        highest, total = add_online(highest, total, x, LOG2_E)
+    for start in range(0, vocab_size, TILES * LANES * VECTOR):
+        new_largest = ()
+        for t in tl.static_range(TILES):
+            x = load_tile(row_ptr, start + t * LANES * VECTOR, vocab_size, LANES, VECTOR)
+            new_largest = new_largest + (tl.maximum(largest[t], to_key(x)),)  # noqa: RUF005
+            highest, total = add_online(highest, total, x, LOG2_E)
+        largest = new_largest
     max_logit = tl.max(highest)
     log_mass = tl.log(online_total(highest, total, max_logit, LOG2_E)).to(tl.float32)
 
-    high = to_key(max_logit).to(tl.int64) + 1
-    low = lanes_bound(lanes, 0.0, n, high * 0 - INFINITY_KEY, high, False)
+    high = to_key(max_logit) + 1
+    low = largest_bound(largest, largest, n, high * 0 - INFINITY_KEY, high, False, TILES)
     low, high, count_high, _ = search(
-        row_ptr, vocab_size, low, high, n, max_logit, LOG2_E, 0.0, False, False, False, ROUNDS, LANES, VECTOR
+        row_ptr, vocab_size, low, high, n, max_logit, LOG2_E, 0.0, False, False, False, TILES, LANES, VECTOR
     )  # fmt: skip
 
     found_above = 0
     found_equal = 0
-    for start in range(0, vocab_size, block):
-        ids = start + tl.arange(0, block)
+    for start in range(0, vocab_size, LANES * VECTOR):
+        ids = start + tl.arange(0, LANES * VECTOR)
         keys = to_key(tl.load(row_ptr + ids, ids < vocab_size, float("-inf")).to(tl.float32))
-        above = keys >= high.to(tl.int32)
-        equal = (keys >= low.to(tl.int32)) & (keys < high.to(tl.int32)) & (ids < vocab_size)
+        above = keys >= high
+        equal = (keys >= low) & (keys < high) & (ids < vocab_size)
         if tl.max((above | equal).to(tl.int32)) > 0:
             rank_above = found_above + tl.cumsum(above.to(tl.int32), 0) - 1
             rank_equal = count_high + found_equal + tl.cumsum(equal.to(tl.int32), 0) - 1
