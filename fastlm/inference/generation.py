@@ -174,7 +174,7 @@ def _read(model: LanguageModel, cache: Cache, index: int, ids: list[int]) -> Ten
     device = model.output_weight.device
     row = cache.row(index)
     hidden = model.hidden_states(torch.tensor([ids], device=device), row)  # type: ignore[arg-type]  # its own kind
-    return torch.nn.functional.linear(hidden[:, -1], model.output_weight)
+    return model.logits(hidden[:, -1])
 
 
 def _next_logits(model: LanguageModel, cache: Cache, active: list[_Row]) -> Tensor:
