@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -31,6 +32,12 @@ NORMAL, CONTROL = 1, 3  # types of tokens
 # Our pattern -> what llama.cpp calls a tokenizer that splits text so. "dbrx" is the model that took over cl100k; a
 # text that ends in a line break and spaces it splits once more than tiktoken does.
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "cl100k": "dbrx", "o200k": "gpt-4o", "llama3": "llama-bpe", "qwen2": "qwen2"}
+
+# What the metadata says of a Llama; every other option must have its default.
+WRITTEN = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "context_length", "rope_theta", "norm_eps", "tie_embeddings",
+)  # fmt: skip
 
 TENSOR_NAMES = {ours: theirs for theirs, ours in GLOBAL_NAMES.items()}
 PART_NAMES = {ours: theirs for theirs, ours in LAYER_NAMES.items()} | {"post_attention_layernorm": "ffn_norm"}
@@ -65,32 +72,12 @@ def save_gguf(
 
 def _architecture(config: ModelConfig) -> str:
     """What llama.cpp calls a model with these options."""
-    plain = ModelConfig(
-        **{
-            **config.to_dict(),
-            "qk_norm": False,
-            "qkv_bias": False,
-            "rope_scaling": None,
-        }
-    )
-    if plain == ModelConfig(*_sizes(config), config.rope_theta, config.norm_eps, tie_embeddings=config.tie_embeddings):
-        linear = config.rope_scaling is None or config.rope_scaling.kind == "linear"
-        if linear and not (config.qk_norm and config.qkv_bias):
-            return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    plain = ModelConfig(**{name: getattr(config, name) for name in WRITTEN})
+    linear = config.rope_scaling is None or config.rope_scaling.kind == "linear"
+    both = config.qk_norm and config.qkv_bias
+    if replace(config, qk_norm=False, qkv_bias=False, rope_scaling=None) == plain and linear and not both:
+        return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     raise ConfigError("only Llama, Qwen 2 and Qwen 3 models are written as GGUF, with plain or linear rotary positions")
-
-
-def _sizes(config: ModelConfig) -> tuple[int, ...]:
-    return (
-        config.vocab_size,
-        config.hidden_size,
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.intermediate_size,
-        config.context_length,
-    )
 
 
 def _metadata(config: ModelConfig, architecture: str, quantization: str) -> list[bytes]:
