@@ -244,9 +244,11 @@ BpeEncoder::BpeEncoder(const std::vector<std::pair<std::string, uint32_t>>& toke
     for (size_t byte = 0; byte < 256; ++byte) {
         const char c = static_cast<char>(byte);
         byte_ids_[byte] = vocabulary_.find({&c, 1});
-        if (byte_ids_[byte] == Vocabulary::kNone) {
+        // What no text holds a vocabulary may lack (StarCoder's), and what begins planes 4 … 16 too: the caller checks.
+        const bool is_needed = byte < 0xf1 && byte != 0xc0 && byte != 0xc1;
+        if (byte_ids_[byte] == Vocabulary::kNone && is_needed) {
             throw std::invalid_argument("byte " + std::to_string(byte) +
-                                        " has no token; a byte-level vocabulary holds all 256");
+                                        " has no token; a byte-level vocabulary holds all that text is made of");
         }
     }
     if (merges) {
