@@ -110,7 +110,9 @@ def read_metadata(path: str | Path, prefix: str = "") -> dict[str, Any]:
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Metadata(path, data).read(prefix)
-    except (OSError, ValueError) as error:
+    except TokenizerError:
+        raise
+    except (OSError, ValueError) as error:  # mmap refuses an empty file
         reason = "is empty" if isinstance(error, ValueError) else error.strerror
         raise TokenizerError(f"{path}: {reason}; give the path of a GGUF file") from None
 

@@ -218,6 +218,8 @@ def _parse(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise TokenizerError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer.json")
         data = path.read_bytes()
+    except TokenizerError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise TokenizerError(f"{path}: {reason}; give the path of a tokenizer.json") from None

@@ -47,6 +47,8 @@ def load_tekken(path: str | Path) -> Tokenizer:
         if path.stat().st_size > MAX_FILE_BYTES:
             fail(f"larger than {MAX_FILE_BYTES >> 20} MiB, so no tekken.json")
         document = json.loads(path.read_bytes())
+    except TokenizerError:
+        raise
     except OSError as error:
         fail(f"{error.strerror}; give the path of a tekken.json")
     except (ValueError, RecursionError) as error:
