@@ -174,7 +174,7 @@ def _read(model: LanguageModel, cache: Cache, index: int, ids: list[int]) -> Ten
     device = model.output_weight.device
     row = cache.row(index)
     hidden = model.hidden_states(torch.tensor([ids], device=device), row)  # type: ignore[arg-type]  # its own kind
-    return torch.nn.functional.linear(hidden[:, -1], model.output_weight)
+    return model.logits(hidden[:, -1])
 
 
 def _next_logits(model: LanguageModel, cache: Cache, active: list[_Row]) -> Tensor:
@@ -201,18 +201,25 @@ def _half(capacity: int | None) -> int:
 def _sample(logits: Tensor, active: list[_Row]) -> list[int]:
     """One draw a row; neutral values stand for filters that a row does not want."""
     params = [row.params for row in active]
-    vocab_size = logits.shape[1]
 
     def per_row(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)
 
+    penalised = any(p.repetition_penalty != 1.0 for p in params)
     drawn = sample(
         logits,
         temperature=per_row([p.temperature for p in params]),
-        top_k=per_row([p.top_k or vocab_size for p in params], torch.int64),
+        top_k=per_row([p.top_k or 0 for p in params], torch.int64),
         top_p=per_row([1.0 if p.top_p is None else p.top_p for p in params]),
         min_p=per_row([p.min_p or 0.0 for p in params]),
+        repetition_penalty=per_row([p.repetition_penalty for p in params]) if penalised else None,
+        prompt_ids=_padded([row.ids for row in active], logits.device) if penalised else None,
         seed=per_row([p.seed for p in params], torch.int64),
         position=per_row([row.generated for row in active], torch.int64),
     )
     return drawn.ids.tolist()
+
+
+def _padded(ids: list[list[int]], device: torch.device) -> Tensor:
+    rows = [torch.tensor(row, device=device) for row in ids]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
