@@ -35,18 +35,12 @@ Char char_at(std::string_view text, size_t at) {
     return {lead, 1};
 }
 
-uint64_t mix(uint64_t a, uint64_t b) {
-    const auto product = static_cast<unsigned __int128>(a) * b;
-    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
+using Merged = uint64_t;  // priority << 32 | id of what a merge makes
+constexpr Merged kNoMerge = PairTable<uint64_t>::kNone;
 
-uint64_t load8(const char* p) {
-    uint64_t value;
-    std::memcpy(&value, p, 8);
-    return value;
-}
-
-uint32_t priority_of(MergeTable::Merge merge) { return MergeTable::priority(merge); }
+uint32_t priority_of(Merged merged) { return static_cast<uint32_t>(merged >> 32); }
+uint32_t result_of(Merged merged) { return static_cast<uint32_t>(merged); }
+uint64_t pair_of(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
 
 }  // namespace
 
@@ -80,7 +74,7 @@ struct SentencePieceEncoder::State {
     Entry* cache = nullptr;
     std::vector<uint32_t> symbols;
     std::vector<Node> nodes;
-    std::vector<MergeTable::Merge> pairs;  // of a node and its next
+    std::vector<Merged> pairs;  // of a node and its next
     std::vector<uint64_t> heap;            // priority << 32 | position
 };
 
@@ -204,12 +198,10 @@ std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> SentencePieceEncoder::reac
 }
 
 void SentencePieceEncoder::fill(const std::vector<Merge>& merges) {
-    std::vector<std::pair<uint64_t, MergeTable::Merge>> pairs;
-    pairs.reserve(merges.size());
+    merges_.reset(merges.size());
     for (const Merge& merge : merges) {
-        pairs.emplace_back(MergeTable::key(merge.left, merge.right), MergeTable::pack(merge.priority, merge.result));
+        merges_.add(merge.left, merge.right, static_cast<Merged>(merge.priority) << 32 | merge.result);
     }
-    merges_.build(pairs);
 }
 
 inline uint32_t SentencePieceEncoder::symbol(uint32_t code) const {
@@ -344,14 +336,14 @@ void SentencePieceEncoder::merge(std::string_view piece, State& state, IdBuffer&
     if (count > kShortPiece) return merge_long(state, ids, last_pair);
 
     uint32_t* id = symbols.data();
-    MergeTable::Merge pairs[kShortPiece];  // of id[i] and id[i + 1]
+    Merged pairs[kShortPiece];  // of id[i] and id[i + 1]
     for (size_t i = 0; i + 1 < count; ++i) pairs[i] = merges_.find(id[i], id[i + 1]);
     while (count > 1) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < count; ++i) best = priority_of(pairs[i]) < priority_of(pairs[best]) ? i : best;
-        if (pairs[best] == MergeTable::kNone) break;
-        if (last_pair) *last_pair = MergeTable::key(id[best], id[best + 1]);
-        id[best] = MergeTable::result(pairs[best]);
+        if (pairs[best] == kNoMerge) break;
+        if (last_pair) *last_pair = pair_of(id[best], id[best + 1]);
+        id[best] = result_of(pairs[best]);
         std::memmove(id + best + 1, id + best + 2, (count - best - 2) * sizeof(*id));
         --count;
         if (best + 1 < count) {
@@ -373,19 +365,19 @@ void SentencePieceEncoder::merge_long(State& state, IdBuffer& ids, uint64_t* las
     auto& pairs = state.pairs;
     auto& heap = state.heap;
     nodes.resize(count);
-    pairs.assign(count, MergeTable::kNone);
+    pairs.assign(count, kNoMerge);
     heap.clear();
     const auto entry = [&](uint32_t at) { return static_cast<uint64_t>(priority_of(pairs[at])) << 32 | at; };
     for (uint32_t i = 0; i < count; ++i) {
         nodes[i] = {state.symbols[i], i ? i - 1 : kEnd, i + 1 < count ? i + 1 : kEnd};
         if (i + 1 < count) pairs[i] = merges_.find(state.symbols[i], state.symbols[i + 1]);
-        if (pairs[i] != MergeTable::kNone) heap.push_back(entry(i));
+        if (pairs[i] != kNoMerge) heap.push_back(entry(i));
     }
     std::make_heap(heap.begin(), heap.end(), std::greater<>());
     const auto refresh = [&](uint32_t at) {
         const uint32_t next = nodes[at].next;
-        pairs[at] = next == kEnd ? MergeTable::kNone : merges_.find(nodes[at].id, nodes[next].id);
-        if (pairs[at] == MergeTable::kNone) return;
+        pairs[at] = next == kEnd ? kNoMerge : merges_.find(nodes[at].id, nodes[next].id);
+        if (pairs[at] == kNoMerge) return;
         heap.push_back(entry(at));
         std::push_heap(heap.begin(), heap.end(), std::greater<>());
     };
@@ -394,14 +386,14 @@ void SentencePieceEncoder::merge_long(State& state, IdBuffer& ids, uint64_t* las
         const uint64_t top = heap.back();
         heap.pop_back();
         const auto at = static_cast<uint32_t>(top);
-        if (pairs[at] == MergeTable::kNone || entry(at) != top) continue;
+        if (pairs[at] == kNoMerge || entry(at) != top) continue;
         const uint32_t right = nodes[at].next;
         const uint32_t after = nodes[right].next;
-        if (last_pair) *last_pair = MergeTable::key(nodes[at].id, nodes[right].id);
-        nodes[at].id = MergeTable::result(pairs[at]);
+        if (last_pair) *last_pair = pair_of(nodes[at].id, nodes[right].id);
+        nodes[at].id = result_of(pairs[at]);
         nodes[at].next = after;
         if (after != kEnd) nodes[after].previous = at;
-        pairs[right] = MergeTable::kNone;
+        pairs[right] = kNoMerge;
         refresh(at);
         if (nodes[at].previous != kEnd) refresh(nodes[at].previous);
     }

@@ -26,7 +26,9 @@
 #include <utility>
 #include <vector>
 
-#include "tokenizer/bpe_encode.hpp"
+#include "tokenizer/id_buffer.hpp"
+#include "tokenizer/merge_table.hpp"
+#include "tokenizer/vocabulary.hpp"
 
 namespace fastlm::tokenizer {
 
@@ -84,7 +86,7 @@ private:
     Vocabulary vocabulary_;
     Options options_;
     std::vector<Merge> reachable_;
-    MergeTable merges_;
+    PairTable<uint64_t> merges_;                       // priority << 32 | id of what the merge makes
     std::vector<uint32_t> bmp_;                        // piece of each character up to U+FFFF, or kNone
     std::unordered_map<uint32_t, uint32_t> astral_;    // and of those above
     std::array<std::array<uint64_t, 2>, 128> ascii_joins_{};  // by first character, a bit for each second

@@ -62,7 +62,7 @@ class Reader:
             self.refuse(f"decoder {type_of(decoder)}")
         pattern = pattern_of(self.document.get("pre_tokenizer"))
         normalizer = self.document.get("normalizer")
-        used = {part for entry in model.get("merges") or () for part in _parts(entry)} if added_tokens else set()
+        used = {part for entry in self.list_of_merges(model) for part in _parts(entry)} if added_tokens else set()
         ranks = self.ranks(model, added_tokens, used)
         merges = self.merges(model, ranks)
         plain = {t.content: t.id for t in added_tokens if t == AddedToken(t.content, t.id)}
