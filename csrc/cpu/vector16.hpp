@@ -19,6 +19,10 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+struct Float16 {
+    uint16_t bits;
+};
+
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -38,6 +42,17 @@ FASTLM_INLINE Floats load(const BFloat16* p) {
     Halves h;
     std::memcpy(&h, p, sizeof h);
     return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+
+// Exponent and mantissa move to where fp32 has them, and 2^112 makes up for the exponents' different biases.
+FASTLM_INLINE Floats load(const Float16* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    const Bits bits = __builtin_convertvector(h, Bits), magnitude = (bits & 0x7fffu) << 13;
+    const Floats finite = (Floats)magnitude * 0x1p112f;
+    const Bits special = magnitude | 0x7f800000u;  // infinity or NaN, whose mantissa stays
+    const Bits value = magnitude >= 0x0f800000u ? special : (Bits)finite;
+    return (Floats)(value | (bits & 0x8000u) << 16);
 }
 
 FASTLM_INLINE void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
