@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.model.config import ModelConfig
-from fastlm.nn import Attention, KVCache, LinearCrossEntropyLoss, RMSNorm, SwiGLU
+from fastlm.nn import Attention, Cache, KVCache, LinearCrossEntropyLoss, RMSNorm, SwiGLU
 from fastlm.ops import rotary_tables
 
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
         if residual is None:  # the first block: nothing to add yet
@@ -66,11 +66,10 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         positions = None
         if cache is not None:
-            starts = cache.lengths.to(input_ids.device)
-            positions = starts[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = cache.positions(input_ids.shape[1])
         hidden, residual = self.embed_tokens(input_ids), None
         if torch.is_autocast_enabled(hidden.device.type):  # the residual stream has the dtype that layers compute in
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -112,22 +111,24 @@ class Transformer(nn.Module):
         """`(vocab_size, hidden_size)`: logits are hidden states times this, transposed."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> `(batch, seq, hidden_size)`, after the last norm.
 
         Raises:
             ValueError: the sequence, with what `cache` holds, is longer than the context.
         """
-        start = 0 if cache is None else int(cache.lengths.max())
-        if start + input_ids.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"{start + input_ids.shape[1]} tokens do not fit the context of {self.config.context_length}"
-            )
+        end = input_ids.shape[1] if cache is None else cache.end(input_ids.shape[1])
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens do not fit the context of {self.config.context_length}")
         return self.model(input_ids, cache)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `hidden_states` gave, `(..., hidden_size)` -> `(..., vocab_size)`."""
+        return nn.functional.linear(hidden, self.output_weight)
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> logits `(batch, seq, vocab_size)`. With `cache`, ids go after the tokens it holds."""
-        return nn.functional.linear(self.hidden_states(input_ids, cache), self.output_weight)
+        return self.logits(self.hidden_states(input_ids, cache))
 
     def loss(self, input_ids: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """Next-token cross-entropy in nats; `targets` `(batch, seq)`, -100 where none counts.

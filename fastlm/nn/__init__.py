@@ -1,9 +1,9 @@
 """Drop-in torch modules over the ops. Their parameter names are those of Hugging Face's Llama and Qwen layers."""
 
 from fastlm.nn.attention import Attention
-from fastlm.nn.kv_cache import KVCache
+from fastlm.nn.kv_cache import Cache, KVCache
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import SwiGLU
 from fastlm.nn.normalization import RMSNorm
 
-__all__ = ["Attention", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = ["Attention", "Cache", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
