@@ -9,6 +9,7 @@ of the boundary between two tokens.)
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable
 from contextlib import suppress
@@ -36,6 +37,7 @@ CPU_BATCH_TOKENS = 512  # a chunk this long already keeps the cores busy, and an
 GPU_BATCH_TOKENS = 8192
 SHARE_OF_FREE_MEMORY = 0.25  # of the machine's, when `memory` is not given
 SHARE_OF_FREE_GPU_MEMORY = 0.8
+NOT_FINITE = "the model's logits are not finite, or every token is forbidden"
 VOCABULARY_PADDING = 64  # published models round the rows of their embedding up to multiples of this or of more
 
 
@@ -173,7 +175,7 @@ class Engine:
         if request_id in self._sequences:
             raise ConfigError(f"request {request_id!r} is being served already")
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check(ids, params, pooling)
+        self.check(ids, params, pooling)
         sequences = [
             Sequence(request_id, i, ids, params, seed=(params.seed + i) % (1 << 63), pooling=pooling)
             for i in range(1 if pooling else params.n)
@@ -187,6 +189,38 @@ class Engine:
                 self.scheduler.add(sequence)
             else:
                 self._ready.append(Piece(request_id, "", None, "length", sequence.index))
+
+    def check(self, ids: list[int], params: SamplingParams, pooling: Pooling | None = None) -> None:
+        """Raises, as `add_request` does, unless the request can be served when it is alone. Any thread may ask."""
+        vocab_size = self.runner.vocab_size
+        if not ids:
+            raise ConfigError("the prompt has no tokens; give at least one")
+        wrong = [i for i in ids if not (type(i) is int and 0 <= i < self.model.config.vocab_size)]
+        if wrong:
+            raise ConfigError(f"the prompt holds the token id {wrong[0]!r}; the model has 0 to {vocab_size - 1}")
+        if params.logit_bias and max(params.logit_bias) >= vocab_size:
+            raise ConfigError(f"logit_bias names the token {max(params.logit_bias)}; the model has {vocab_size}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab_size:
+                raise ConfigError(f"{name} is {getattr(params, name)}; the model has {vocab_size} tokens")
+        most = 0 if pooling else params.max_tokens
+        total = len(ids) + most
+        if self.context_length is not None:
+            whole = self.past_context == "stop" or params.prompt_logprobs is not None or pooling is not None
+            if whole and len(ids) + (most > 0) > self.context_length:
+                asked = f" and {most} to generate" if most else ""
+                raise CapacityError(
+                    f"the prompt has {len(ids)} tokens{asked}; the model's context holds {self.context_length}"
+                )
+            total = min(total, self.context_length)
+        needed = self.blocks.blocks_for(total)
+        if needed > self.blocks.num_blocks:
+            size = self.blocks.block_size
+            raise CapacityError(
+                f"{len(ids)} tokens of prompt and {most} to generate need {needed} blocks of {size} tokens; the cache "
+                f"has {self.blocks.num_blocks} ({self.blocks.num_blocks * size} tokens): ask for fewer tokens, or give "
+                "the engine more memory"
+            )
 
     def cancel(self, request_id: Hashable) -> bool:
         """Ends a request, frees its blocks at once and gives no more of its pieces. False if it had ended before."""
@@ -234,6 +268,9 @@ class Engine:
         known = len(chunk.ids) - chunk.num_drafts
         sequence.num_computed = chunk.start + known
         if sequence.prompt_logprobs is not None:
+            if any(math.isnan(entry.logprob) for entry in result.prompt_logprobs):
+                sequence.prompt_logprobs = None
+                return [self._piece(sequence, None, finish_reason="error", error=NOT_FINITE)]
             sequence.prompt_logprobs += result.prompt_logprobs
         if result.pooled is not None:
             keeps = sequence.pooled is not None and sequence.pooling == "mean"
@@ -248,8 +285,7 @@ class Engine:
         self._stats.draft_tokens += chunk.num_drafts
         for i, drawn in enumerate(result.draws):
             if drawn.token is None:
-                error = "the model's logits are not finite, or every token is forbidden"
-                pieces.append(self._piece(sequence, None, finish_reason="error", error=error))
+                pieces.append(self._piece(sequence, None, finish_reason="error", error=NOT_FINITE))
                 return pieces
             text = sequence.accept(drawn.token, self.tokenizer)
             self._stats.generated_tokens += 1
@@ -308,38 +344,6 @@ class Engine:
         if self.context_length is not None:
             most = min(most, self.context_length - sequence.window_length)
         return sequence.lookup.propose(sequence.tokens, most)
-
-    def _check(self, ids: list[int], params: SamplingParams, pooling: Pooling | None) -> None:
-        """Raises unless the request can be served when it is alone."""
-        vocab_size = self.runner.vocab_size
-        if not ids:
-            raise ConfigError("the prompt has no tokens; give at least one")
-        wrong = [i for i in ids if not (type(i) is int and 0 <= i < self.model.config.vocab_size)]
-        if wrong:
-            raise ConfigError(f"the prompt holds the token id {wrong[0]!r}; the model has 0 to {vocab_size - 1}")
-        if params.logit_bias and max(params.logit_bias) >= vocab_size:
-            raise ConfigError(f"logit_bias names the token {max(params.logit_bias)}; the model has {vocab_size}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > vocab_size:
-                raise ConfigError(f"{name} is {getattr(params, name)}; the model has {vocab_size} tokens")
-        most = 0 if pooling else params.max_tokens
-        total = len(ids) + most
-        if self.context_length is not None:
-            whole = self.past_context == "stop" or params.prompt_logprobs is not None or pooling is not None
-            if whole and len(ids) + (most > 0) > self.context_length:
-                asked = f" and {most} to generate" if most else ""
-                raise CapacityError(
-                    f"the prompt has {len(ids)} tokens{asked}; the model's context holds {self.context_length}"
-                )
-            total = min(total, self.context_length)
-        needed = self.blocks.blocks_for(total)
-        if needed > self.blocks.num_blocks:
-            size = self.blocks.block_size
-            raise CapacityError(
-                f"{len(ids)} tokens of prompt and {most} to generate need {needed} blocks of {size} tokens; the cache "
-                f"has {self.blocks.num_blocks} ({self.blocks.num_blocks * size} tokens): ask for fewer tokens, or give "
-                "the engine more memory"
-            )
 
 
 def _require_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:

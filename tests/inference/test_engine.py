@@ -192,8 +192,7 @@ def test_tokens_are_those_of_the_request_alone_however_it_is_served(_: int, page
 def test_mixed_requests_with_random_cancellations_leave_no_block_in_use(count, paged, tokenizer, fresh_seed) -> None:
     rng = random.Random(fresh_seed)
     engine = engine_of(paged, tokenizer, num_blocks=40, block_size=4, max_batch_tokens=48, num_drafts=3)
-    live: set[int] = set()
-    ended = cancelled = added = 0
+    cancelled = added = 0
     requests = random_requests(rng, tokenizer.vocab_size, count)
     while added < count or engine.has_work:
         if added < count and rng.random() < 0.5:
@@ -201,13 +200,10 @@ def test_mixed_requests_with_random_cancellations_leave_no_block_in_use(count, p
                 requests[added].params, n=rng.choice([1, 1, 3]), prompt_logprobs=rng.choice([None, None, 1])
             )
             engine.add_request(added, requests[added].prompt, params)
-            live.add(added)
             added += 1
-        if live and rng.random() < 0.1:
-            cancelled += engine.cancel(live.pop())
-        for piece in engine.step():
-            assert piece.finish_reason != "error"
-            ended += piece.finish_reason is not None
+        if rng.random() < 0.15:
+            cancelled += engine.cancel(rng.randint(max(0, added - 10), added))
+        assert all(piece.finish_reason != "error" for piece in engine.step())
     stats = engine.stats()
     assert (stats.blocks_used, stats.waiting, stats.running) == (0, 0, 0)
     assert stats.finished + stats.cancelled == count
