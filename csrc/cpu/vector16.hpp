@@ -44,15 +44,20 @@ FASTLM_INLINE Floats load(const BFloat16* p) {
     return (Floats)(__builtin_convertvector(h, Bits) << 16);
 }
 
-// Exponent and mantissa move to where fp32 has them, and 2^112 makes up for the exponents' different biases.
-FASTLM_INLINE Floats load(const Float16* p) {
-    Halves h;
-    std::memcpy(&h, p, sizeof h);
-    const Bits bits = __builtin_convertvector(h, Bits), magnitude = (bits & 0x7fffu) << 13;
+// fp16 numbers in the low halves. Exponent and mantissa move to where fp32 has them, and 2^112 makes up for the
+// exponents' different biases.
+FASTLM_INLINE Floats half_to_float(Bits bits) {
+    const Bits magnitude = (bits & 0x7fffu) << 13;
     const Floats finite = (Floats)magnitude * 0x1p112f;
     const Bits special = magnitude | 0x7f800000u;  // infinity or NaN, whose mantissa stays
     const Bits value = magnitude >= 0x0f800000u ? special : (Bits)finite;
     return (Floats)(value | (bits & 0x8000u) << 16);
+}
+
+FASTLM_INLINE Floats load(const Float16* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    return half_to_float(__builtin_convertvector(h, Bits));
 }
 
 FASTLM_INLINE void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
@@ -113,7 +118,8 @@ FASTLM_INLINE float maximum(Floats v) {
 // least greatest relative error (4e-9). Below -87.33, where results stop being normal, it is 0; from 88.38 it is
 // infinity; NaN stays NaN.
 FASTLM_INLINE Floats exp(Floats x) {
-    const Floats clamped = x > 89.0f ? broadcast(89.0f) : x;
+    // Between 127.5 · ln 2 and 128 · ln 2 r would be negative, and infinity + r · infinity is NaN.
+    const Floats clamped = x > 88.376f ? broadcast(89.0f) : x;
     const float kRounder = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
     const Floats shifted = clamped * 1.44269504f + kRounder;
     const Floats n = shifted - kRounder;

@@ -337,7 +337,7 @@ class _Display:
         if now.skipped_steps:
             figures += f"  {now.skipped_steps} steps skipped: not finite"
         if now.stage == "final evaluation":
-            figures += "  scoring all of the validation text"
+            figures += "  scoring the validation text"
         elif now.seconds_left is not None:
             figures += f"  {_duration(now.seconds_left)} left"
         self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
@@ -354,7 +354,7 @@ def _duration(seconds: float) -> str:
 def _print_result(out: Path, result: TrainingResult) -> None:
     lines = [
         f"validation: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats a token, "
-        f"perplexity {result.perplexity:.2f}",
+        f"perplexity {result.perplexity:.2f}" + (", on a sample of the validation text" if result.partial else ""),
         f"{result.parameters:,} parameters, {result.steps:,} steps, {result.tokens:,} tokens "
         f"in {_duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
         f"{out}: model, tokenizer, loss.png, log.jsonl; try: "

@@ -3,7 +3,7 @@
 from fastlm.nn.attention import Attention
 from fastlm.nn.kv_cache import Cache, KVCache
 from fastlm.nn.loss import LinearCrossEntropyLoss
-from fastlm.nn.mlp import SwiGLU
-from fastlm.nn.normalization import RMSNorm
+from fastlm.nn.mlp import MLP, SwiGLU
+from fastlm.nn.normalization import LayerNorm, RMSNorm
 
-__all__ = ["Attention", "Cache", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = ["MLP", "Attention", "Cache", "KVCache", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]

@@ -10,7 +10,7 @@ import transformers
 from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference import Engine, Piece, SamplingParams
 from fastlm.inference.paged_cache import PagedCache
-from fastlm.model import ModelConfig, Transformer
+from fastlm.model import ModelConfig, Transformer, save_model
 from fastlm.ops import sample
 from fastlm.ops.sampling.reference import filtered, penalized, uniform
 from fastlm.tokenizer import Tokenizer
@@ -19,11 +19,21 @@ from tests.inference.conftest import random_model
 CONTEXT = 64
 
 
-@pytest.fixture(scope="module")
-def paged(tokenizer: Tokenizer) -> Transformer:
-    model = random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, qk_norm=True))
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def paged(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Transformer:
+    """With and without what the cache must be told of a layer: window, softcap and scale."""
+    settings = {"qk_norm": True}
+    if request.param == "gemma":
+        settings |= {"sliding_window": 9, "full_attention_layers": (1,), "rope_local_theta": 100.0}
+        settings |= {"attention_softcap": 2.0, "query_pre_attn_scalar": 5.0, "logit_softcap": 9.0}
+    model = random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, **settings))
     assert isinstance(model, Transformer)
     return model
+
+
+@pytest.fixture
+def llama(tokenizer: Tokenizer) -> Transformer:
+    return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, qk_norm=True))
 
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, *, num_blocks: int, block_size: int = 4, **options) -> Engine:
@@ -213,13 +223,10 @@ def test_mixed_requests_with_random_cancellations_leave_no_block_in_use(count, p
     assert engine.blocks.num_free == 40
 
 
-def test_greedy_tokens_equal_those_of_transformers(paged, tokenizer) -> None:
-    values = paged.config.to_huggingface()
-    values.pop("architectures")
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).eval()
-    theirs.load_state_dict(paged.state_dict(), strict=False)
-    theirs.tie_weights()
-    engine = engine_of(paged, tokenizer, num_blocks=64, max_batch_tokens=16)
+def test_greedy_tokens_equal_those_of_transformers(llama, tokenizer, tmp_path) -> None:
+    save_model(llama, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    engine = engine_of(llama, tokenizer, num_blocks=64, max_batch_tokens=16)
     prompts = [tokenizer.encode(text) for text in ("The film was", "이 영화는 정말 재미있었다.", "음")]
     for i, ids in enumerate(prompts):
         engine.add_request(i, ids, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True))

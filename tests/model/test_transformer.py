@@ -8,6 +8,7 @@ import transformers
 
 from fastlm.errors import ConfigError
 from fastlm.model import ModelConfig, Transformer, load_model, save_model
+from fastlm.model.huggingface_config import config_to_huggingface
 
 SHAPE = {
     "vocab_size": 61,
@@ -33,7 +34,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def hugging_face_model(ours: ModelConfig) -> torch.nn.Module:
-    values = ours.to_huggingface()
+    values = config_to_huggingface(ours)
     values.pop("architectures")
     model_type = values.pop("model_type")
     classes = {
@@ -159,26 +160,3 @@ def test_autocast_changes_the_loss_no_more_than_bfloat16_does() -> None:
 def test_a_config_that_makes_no_sense_is_refused_by_name(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**changes)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model_type", "gpt2"),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("hidden_size", "big"),
-        ("vocab_size", None),
-    ],
-)
-def test_a_hugging_face_config_with_a_feature_that_ours_lacks_is_refused_by_name(key: str, value: object) -> None:
-    content = config().to_huggingface() | {key: value}
-    with pytest.raises(ConfigError, match=key.split("_param")[0]):
-        ModelConfig.from_huggingface(content)
-
-
-def test_config_survives_the_way_to_hugging_face_and_back() -> None:
-    for changes in ({}, {"qk_norm": True}, {"tie_embeddings": False, "rope_theta": 5e5, "norm_eps": 1e-5}):
-        assert ModelConfig.from_huggingface(config(**changes).to_huggingface()) == config(**changes)

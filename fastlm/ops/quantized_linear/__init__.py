@@ -68,7 +68,7 @@ def _check_weight(weight: Tensor, quantization: str) -> None:
         raise ValueError(f"quantization must be one of {', '.join(FORMATS)}, not {quantization!r}")
 
 
-OP = Op("quantized_linear", quantized_linear, ("reference",))
+OP = Op("quantized_linear", quantized_linear, ("cpu", "reference"))
 
 
 def _run(x: Tensor, weight: Tensor, quantization: str, bias: Tensor | None) -> Tensor:
