@@ -109,9 +109,11 @@ FASTLM_INLINE float sum(Floats v) {
 }
 
 FASTLM_INLINE float maximum(Floats v) {
-    float m = v[0];
-    for (int i = 1; i < kLanes; ++i) m = m > v[i] ? m : v[i];
-    return m;
+    float half[8];
+    for (int i = 0; i < 8; ++i) half[i] = v[i] > v[i + 8] ? v[i] : v[i + 8];
+    for (int i = 0; i < 4; ++i) half[i] = half[i] > half[i + 4] ? half[i] : half[i + 4];
+    const float even = half[0] > half[2] ? half[0] : half[2], odd = half[1] > half[3] ? half[1] : half[3];
+    return even > odd ? even : odd;
 }
 
 // e^x to about one unit in the last place: x = n·ln 2 + r, |r| <= ln 2 / 2, and e^r = 1 + r + r²·p(r), p fitted for

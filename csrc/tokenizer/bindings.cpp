@@ -271,10 +271,10 @@ py::list split_at(const SpecialTokens& allowed, py::handle text) {
     return parts;
 }
 
-py::list pretokenize(const std::string& pattern, const py::bytes& text) {
+py::list pretokenize(const std::string& pattern, const py::bytes& text, const std::string& scanner) {
     const std::string_view bytes = text;
     py::list pieces;
-    split(pattern_from_name(pattern), bytes.data(), bytes.size(),
+    split(pattern_from_name(pattern), scanner_from_name(scanner), bytes.data(), bytes.size(),
           [&](const char* begin, size_t size) { pieces.append(py::bytes(begin, size)); });
     return pieces;
 }
@@ -285,7 +285,9 @@ py::list pretokenize(const std::string& pattern, const py::bytes& text) {
 void bind_tokenizer(py::module_& m) {
     using namespace tokenizer;
     using py::arg;
-    m.def("pretokenize", &pretokenize, arg("pattern"), arg("text"), "Pre-tokens of UTF-8 `text` by a pattern's name.");
+    m.def("pretokenize", &pretokenize, arg("pattern"), arg("text"), arg("scanner") = "",
+          "Pre-tokens of UTF-8 `text` by a pattern's name. `scanner` is avx512, avx2, portable or scalar, for tests; "
+          "without one, it is the fastest of this processor.");
 
     py::class_<SpecialTokens>(m, "SpecialTokens", "A set of strings to find in text, each with its id.")
         .def(py::init<const std::vector<std::pair<std::string, uint32_t>>&>(), arg("tokens"))

@@ -330,7 +330,7 @@ void BpeEncoder::use_merges(const std::vector<std::pair<uint32_t, uint32_t>>& me
 
 void BpeEncoder::encode(Pattern pattern, std::string_view text, IdBuffer& ids) const {
     StateLease state(*this);
-    split(pattern, text.data(), text.size(),
+    split(pattern, scanner_from_name(""), text.data(), text.size(),
           [&](const char* begin, size_t size) { encode_cached({begin, size}, *state, ids); });
     state.complete();
 }

@@ -24,16 +24,15 @@ class PagedCache:
     `(num_blocks, block_size, kv_heads, head_dim)`."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_size: int) -> None:
-        weight = model.output_weight
         c = model.config
-        shape = (num_blocks, block_size, c.num_kv_heads, c.head_dim)
-        self.keys = [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.num_layers)]
+        shape, device = (num_blocks, block_size, c.num_kv_heads, c.head_dim), model.output_weight.device
+        self.keys = [torch.empty(shape, dtype=model.dtype, device=device) for _ in range(c.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
 
     @staticmethod
     def bytes_per_block(model: Transformer, block_size: int) -> int:
         c = model.config
-        return 2 * c.num_layers * block_size * c.num_kv_heads * c.head_dim * model.output_weight.element_size()
+        return 2 * c.num_layers * block_size * c.num_kv_heads * c.head_dim * model.dtype.itemsize
 
     def hidden_states(self, model: Transformer, chunks: list[Chunk]) -> Tensor:
         """Computes the chunks, in their order: `(tokens, hidden_size)`."""

@@ -22,17 +22,21 @@ class RopeScaling:
 
     "linear" divides every frequency by `factor` (Chen et al., arXiv 2306.15595). "llama3" divides those whose
     wavelength is above original_context_length / low_freq_factor, keeps those below original_context_length /
-    high_freq_factor, and blends between (Llama 3.1).
+    high_freq_factor, and blends between (Llama 3.1). "factors" divides each frequency by its own of `factors`.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    kind: Literal["linear", "llama3", "factors"]
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+    factors: tuple[float, ...] = ()  # head_dim / 2 of them
 
     def __post_init__(self) -> None:
-        require_one_of("rope scaling", self.kind, ("linear", "llama3"))
+        if isinstance(self.factors, list):
+            object.__setattr__(self, "factors", tuple(self.factors))
+        require_one_of("rope scaling", self.kind, ("linear", "llama3", "factors"))
+        require_positive_values(**{f"factors[{i}]": factor for i, factor in enumerate(self.factors)})
         require_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_context_length")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
@@ -100,6 +104,9 @@ class ModelConfig:
             raise ConfigError(f"num_kv_heads must divide num_heads ({self.num_heads}); {self.num_kv_heads} does not")
         if self.head_dim % 2 and self.positions == "rotary":
             raise ConfigError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ConfigError(f"rope_scaling must have {self.head_dim // 2} factors, not {len(scaling.factors)}")
         if self.gated_mlp and self.activation == "gelu":
             raise ConfigError('a gated MLP has activation "silu" or "gelu_tanh", not "gelu"')
         if self.norm == "layer_norm" and self.norm_weight_offset:

@@ -79,8 +79,7 @@ def save_huggingface(
     """
     directory = Path(directory)
     weights = huggingface_tensors(model)
-    dtype = model.model.embed_tokens.weight.dtype
-    content = huggingface_content(model.config, bos_token_id=bos_token_id, eos_token_id=eos_token_id, dtype=dtype)
+    content = huggingface_content(model.config, bos_token_id=bos_token_id, eos_token_id=eos_token_id, dtype=model.dtype)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "config.json", json.dumps(content, indent=2) + "\n")
     generation = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -108,6 +107,8 @@ def huggingface_content(
 def huggingface_tensors(model: Transformer) -> dict[str, Tensor]:
     """The weights under the names of the architecture that `huggingface_content` chooses."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if any(tensor.dtype == torch.uint8 for tensor in tensors.values()):
+        raise CheckpointError("the weights are quantized; load the model with dtype=torch.float32 to save it")
     return from_ours(tensors, config_to_huggingface(model.config)["model_type"])
 
 

@@ -349,6 +349,8 @@ def config_to_huggingface(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: no architecture of transformers has this combination of options.
     """
+    if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
+        raise ConfigError("transformers has no rope scaling by given factors, so the model cannot be saved for it")
     for model_type, class_name in CLASSES.items():
         content = _gpt2_content(config) if model_type == "gpt2" else _content(config, model_type)
         content = {"architectures": [class_name], "model_type": model_type, **content}

@@ -55,6 +55,8 @@ def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "factors":
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float64, device="cpu")
     turns = scaling.original_context_length * frequencies / (2 * math.pi)  # over the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)

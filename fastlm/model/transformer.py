@@ -14,9 +14,20 @@ from torch import Tensor, nn
 
 from fastlm.model.config import ModelConfig
 from fastlm.model.rope import RotaryTables
-from fastlm.nn import MLP, Attention, Cache, KVCache, LayerNorm, LinearCrossEntropyLoss, RMSNorm, SwiGLU
+from fastlm.nn import (
+    MLP,
+    Attention,
+    Cache,
+    KVCache,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+    QuantizedEmbedding,
+    RMSNorm,
+    SwiGLU,
+)
 
 Norm = RMSNorm | LayerNorm
+LOGITS_AT_ONCE = 128  # tokens whose logits are held together when the output layer is quantized
 
 
 def make_norm(config: ModelConfig) -> Norm:
@@ -104,7 +115,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.context_length = config.context_length
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.embed_positions = nn.Embedding(config.context_length, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -170,8 +181,17 @@ class Transformer(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """`(vocab_size, hidden_size)`: logits are hidden states times this, transposed (before the softcap)."""
+        """`(vocab_size, hidden_size)`: logits are hidden states times this, transposed (before the softcap).
+
+        Of a quantized output layer, its bytes.
+        """
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, and so of the cache."""
+        dtype = self.model.embed_tokens.weight.dtype
+        return torch.float32 if dtype == torch.uint8 else dtype
 
     def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> `(batch, seq, hidden_size)`, after the last norm.
@@ -183,7 +203,13 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `hidden_states` gave, `(..., hidden_size)` -> `(..., vocab_size)`."""
-        logits = nn.functional.linear(hidden, self.output_weight)
+        table = self.model.embed_tokens
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden)
+        elif isinstance(table, QuantizedEmbedding):
+            logits = table.as_output_layer(hidden)
+        else:
+            logits = nn.functional.linear(hidden, table.weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -196,11 +222,21 @@ class Transformer(nn.Module):
 
         A scalar, or like `targets` with reduction="none".
         """
-        return self.loss_function(self.hidden_states(input_ids), self.output_weight, targets, reduction)
+        hidden = self.hidden_states(input_ids)
+        if self.output_weight.dtype == torch.uint8:
+            return self._loss_of_logits(hidden, targets, reduction)
+        return self.loss_function(hidden, self.output_weight, targets, reduction)
+
+    def _loss_of_logits(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        pairs = zip(hidden.flatten(0, 1).split(LOGITS_AT_ONCE), targets.flatten().split(LOGITS_AT_ONCE), strict=True)
+        each = [nn.functional.cross_entropy(self.logits(h).float(), t, reduction="none") for h, t in pairs]
+        losses = torch.cat(each).view_as(targets)
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / (targets != -100).sum()
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `capacity` tokens, `context_length` by default."""
-        weight = self.model.embed_tokens.weight
         c = self.config
         return KVCache(
             c.num_layers,
@@ -208,6 +244,6 @@ class Transformer(nn.Module):
             c.context_length if capacity is None else capacity,
             c.num_kv_heads,
             c.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self.output_weight.device,
         )

@@ -5,5 +5,17 @@ from fastlm.nn.kv_cache import Cache, KVCache
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP, SwiGLU
 from fastlm.nn.normalization import LayerNorm, RMSNorm
+from fastlm.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
-__all__ = ["MLP", "Attention", "Cache", "KVCache", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Cache",
+    "KVCache",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "RMSNorm",
+    "SwiGLU",
+]

@@ -120,10 +120,10 @@ MODELS = {
 }
 
 
-def tiny(name: str) -> torch.nn.Module:
+def tiny(name: str, **changes: object) -> torch.nn.Module:
     """A model of transformers with every weight random, in fp32 and evaluation mode."""
-    config_class, model_class, changes = MODELS[name]
-    values = {**(GPT2 if name.startswith("gpt-2") else SIZES), **changes}
+    config_class, model_class, arguments = MODELS[name]
+    values = {**(GPT2 if name.startswith("gpt-2") else SIZES), **arguments, **changes}
     if name == "exaone 3":
         model = model_class.from_config(config_class.for_model(**values))
     else:
@@ -131,5 +131,7 @@ def tiny(name: str) -> torch.nn.Module:
     model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3) if parameter.ndim == 2 else parameter.uniform_(0.5, 1.5)
+            parameter.normal_(std=2 * parameter.shape[-1] ** -0.5) if parameter.ndim == 2 else parameter.uniform_(
+                0.5, 1.5
+            )
     return model
