@@ -16,6 +16,8 @@ from fastlm.errors import CheckpointError, ConfigError
 from fastlm.model.assemble import check_tensors
 from fastlm.model.config import ModelConfig
 from fastlm.model.huggingface import huggingface_content, huggingface_tensors, load_huggingface, save_huggingface
+from fastlm.model.huggingface_config import config_to_huggingface
+from fastlm.model.huggingface_layout import to_ours
 from fastlm.model.rnn import RNNConfig, RNNLanguageModel
 from fastlm.model.tensor_files import read_json_object, read_tensors, write_tensors
 from fastlm.model.transformer import Transformer
@@ -57,6 +59,17 @@ def write_weights(model: LanguageModel, path: Path) -> None:
     else:
         tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(tensors, path)
+
+
+def load_weights(model: LanguageModel, path: Path) -> None:
+    """Copies into `model` what `write_weights` wrote of a model of the same config.
+
+    Raises CheckpointError when the file is missing or corrupt, and RuntimeError when it is of another model.
+    """
+    tensors = read_tensors(path)
+    if isinstance(model, Transformer):
+        tensors = to_ours(tensors, config_to_huggingface(model.config)["model_type"], model.config)
+    model.load_state_dict(tensors)
 
 
 def load_model(
