@@ -17,6 +17,7 @@ from fastlm.model.rope import RotaryTables
 from fastlm.nn import (
     MLP,
     Attention,
+    Cache,
     KVCache,
     LayerNorm,
     LinearCrossEntropyLoss,
@@ -82,7 +83,7 @@ class Block(nn.Module):
         residual: Tensor | None,
         tables: tuple[Tensor, Tensor] | tuple[None, None],
         positions: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = add_and_norm(self.input_layernorm, hidden, residual)
@@ -122,12 +123,11 @@ class Decoder(nn.Module):
         self.rotary = None if learned else RotaryTables(config)
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         seq = input_ids.shape[1]
         positions, end = None, seq
         if cache is not None:
-            positions = cache.lengths.to(input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
-            end += int(cache.lengths.max())
+            positions, end = cache.positions(seq), cache.end(seq)
         if end > self.context_length:
             raise ValueError(f"{end} tokens do not fit the context of {self.context_length}")
         hidden, residual = self.embed(input_ids, positions), None
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         dtype = self.model.embed_tokens.weight.dtype
         return torch.float32 if dtype == torch.uint8 else dtype
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> `(batch, seq, hidden_size)`, after the last norm.
 
         Raises:
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> logits `(batch, seq, vocab_size)`. With `cache`, ids go after the tokens it holds."""
         return self.logits(self.hidden_states(input_ids, cache))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastlm.nn.kv_cache import KVCache
+from fastlm.nn.kv_cache import Cache
 from fastlm.nn.normalization import RMSNorm
 from fastlm.ops import attention, rotary
 
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         sin: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         """`(batch, seq, hidden_size)` -> the same shape.

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fastlm.ops import attention
+
+
+class Cache(Protocol):
+    """What a model needs of a cache to add `seq` tokens to each of its rows."""
+
+    def positions(self, seq: int) -> Tensor:
+        """Where the new tokens stand in their sequences: `(rows, seq)` int64 on the model's device."""
+        ...
+
+    def end(self, seq: int) -> int:
+        """One more than the last of them: how long a context they need."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Stores k and v of the new tokens, then attends causally from q to all tokens of each sequence.
+
+        q `(rows, seq, heads, head_dim)`, k and v `(rows, seq, kv_heads, head_dim)` -> like q; the options are those of
+        `fastlm.ops.attention`.
+        """
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """Called after the last layer."""
+        ...
 
 
 class KVCache:
@@ -50,6 +86,13 @@ class KVCache:
         chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
         chosen.lengths = self.lengths[rows]
         return chosen
+
+    def positions(self, seq: int) -> Tensor:
+        device = self.keys.device
+        return self.lengths.to(device)[:, None] + torch.arange(seq, device=device)
+
+    def end(self, seq: int) -> int:
+        return int(self.lengths.max()) + seq
 
     def advance(self, num_tokens: int) -> None:
         self.lengths += num_tokens
