@@ -118,7 +118,7 @@ def _sample_kernel(
 
     # One pass: the largest logit of each position in the tiles, the least finite one, NaNs, and sums of exp.
     largest = ()
-    for t in tl.static_range(TILES):
+    for _ in tl.static_range(TILES):
         largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
     least = tl.full((LANES,), INFINITY_KEY, tl.int32)
     magnitude = tl.zeros((LANES,), tl.int32)
@@ -181,14 +181,14 @@ def _sample_kernel(
             low = high - 1
         else:
             mass = tl.full((), -1.0, tl.float64)  # of the tokens that filters have kept so far
-            if top_k_ptr is not None:
+            if top_k_ptr is not None:  # noqa: SIM102  (known when compiling; the next is not)
                 if (top_k > 0) & (top_k < vocab_size):
                     low = largest_bound(largest, largest, top_k, low, high, False, TILES)
                     low, _, _, mass = search(
                         row_ptr, vocab_size, low, high, top_k, max_logit, scale, min_p,
                         False, top_p_ptr is not None, FLOOR, TILES, LANES, VECTOR,
                     )  # fmt: skip
-            if top_p_ptr is not None:
+            if top_p_ptr is not None:  # noqa: SIM102
                 if top_p < 1:
                     if mass < 0:
                         if FLOOR:
@@ -269,14 +269,16 @@ def sample(
     if batch == 0:
         return ids, valid, logprobs, processed, top_ids, top_logprobs
 
-    settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    settings = tuple(None if s is None else s.contiguous() for s in (*settings, seed, position))
+    penalties = [
+        None if s is None else s.contiguous() for s in (repetition_penalty, presence_penalty, frequency_penalty)
+    ]
+    filters = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p)]
     x = raw
-    if any(s is not None for s in settings[4:7]) and not (prompt_ids is None and output_ids is None):
-        x = penalized(raw, *settings[4:7], prompt_ids, output_ids)
+    if any(s is not None for s in penalties) and not (prompt_ids is None and output_ids is None):
+        x = penalized(raw, penalties[0], penalties[1], penalties[2], prompt_ids, output_ids)
     block = tiles["TILES"] * LANES * tiles["VECTOR"]
     _sample_kernel[(batch,)](
-        x, None if x is raw else raw, *settings, ids, valid,
+        x, None if x is raw else raw, *filters, *penalties, seed.contiguous(), position.contiguous(), ids, valid,
         logprobs if return_logprobs else None, processed, x.stride(0), raw.stride(0), vocab_size,
         MIN_P_FIRST=min_p_first, BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
         **tiles, num_warps=NUM_WARPS,

@@ -1,8 +1,8 @@
 """What the sampling kernels share: how a row is walked over, and the search for the threshold that a filter sets.
 
 A row is walked over in tiles of (LANES, VECTOR) elements, TILES of them at a time: a thread owns one lane and loads
-VECTOR neighbours, 16 bytes, so that sums over a lane stay inside a thread and a pass over a row synchronises only at its
-end. Logits are compared as integers in the same order, so that a threshold can be narrowed to one value exactly.
+VECTOR neighbours, 16 bytes, so that sums over a lane stay inside a thread and a pass over a row synchronises only at
+its end. Logits are compared as integers in the same order, so that a threshold can be narrowed to one value exactly.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def top_kernel(
         return
 
     largest = ()
-    for t in tl.static_range(TILES):
+    for _ in tl.static_range(TILES):
         largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
     highest = tl.full((LANES,), -LARGEST_FLOAT, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
