@@ -4,9 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <stdexcept>
 #include <string>
 
+#include "cpu/bindings.hpp"
 #include "cpu/cross_entropy.hpp"
 #include "cpu/rms_norm.hpp"
 #include "cpu/rotary.hpp"
@@ -16,19 +16,6 @@ namespace py = pybind11;
 
 namespace fastlm {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address, const char* name) {
-    if (address == 0) throw std::invalid_argument(std::string(name) + " has no storage");
-    if (address % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned to its element size");
-    return reinterpret_cast<T*>(address);
-}
-
-void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 // Calls f with a null pointer of the element type that `dtype` names.
 template <class F>

@@ -1,5 +1,6 @@
 // Which instruction sets the running processor has. One binary serves every x86-64 and Arm machine: kernels carry
-// per-function target attributes and choose at run time by these flags.
+// per-function target attributes and choose at run time by these flags. FASTLM_CPU_FEATURES=avx2 or none in the
+// environment leaves the later ones, or all, unused, so that a machine can run what older ones would.
 #pragma once
 
 namespace fastlm::cpu {

@@ -19,6 +19,10 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+struct Float16 {
+    uint16_t bits;
+};
+
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -38,6 +42,23 @@ FASTLM_INLINE Floats load(const BFloat16* p) {
     Halves h;
     std::memcpy(&h, p, sizeof h);
     return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+
+// fp16 numbers in the low halves. Exponent and mantissa move to where fp32 has them, and the exponent gets fp32's bias. A
+// subnormal becomes 2^-14 + its value, less 2^-14: no step has a subnormal operand, which would take a hundred cycles.
+FASTLM_INLINE Floats half_to_float(Bits bits) {
+    const Bits magnitude = (bits & 0x7fffu) << 13;
+    const Floats subnormal = (Floats)(magnitude + (113u << 23)) - 0x1p-14f;
+    const Bits special = magnitude | 0x7f800000u;  // infinity or NaN, whose mantissa stays
+    Bits value = magnitude >= 0x0f800000u ? special : magnitude + (112u << 23);
+    value = magnitude < 0x00800000u ? (Bits)subnormal : value;
+    return (Floats)(value | (bits & 0x8000u) << 16);
+}
+
+FASTLM_INLINE Floats load(const Float16* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    return half_to_float(__builtin_convertvector(h, Bits));
 }
 
 FASTLM_INLINE void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
@@ -89,16 +110,19 @@ FASTLM_INLINE float sum(Floats v) {
 }
 
 FASTLM_INLINE float maximum(Floats v) {
-    float m = v[0];
-    for (int i = 1; i < kLanes; ++i) m = m > v[i] ? m : v[i];
-    return m;
+    float half[8];
+    for (int i = 0; i < 8; ++i) half[i] = v[i] > v[i + 8] ? v[i] : v[i + 8];
+    for (int i = 0; i < 4; ++i) half[i] = half[i] > half[i + 4] ? half[i] : half[i + 4];
+    const float even = half[0] > half[2] ? half[0] : half[2], odd = half[1] > half[3] ? half[1] : half[3];
+    return even > odd ? even : odd;
 }
 
 // e^x to about one unit in the last place: x = n·ln 2 + r, |r| <= ln 2 / 2, and e^r = 1 + r + r²·p(r), p fitted for
 // least greatest relative error (4e-9). Below -87.33, where results stop being normal, it is 0; from 88.38 it is
 // infinity; NaN stays NaN.
 FASTLM_INLINE Floats exp(Floats x) {
-    const Floats clamped = x > 89.0f ? broadcast(89.0f) : x;
+    // Between 127.5 · ln 2 and 128 · ln 2 r would be negative, and infinity + r · infinity is NaN.
+    const Floats clamped = x > 88.376f ? broadcast(89.0f) : x;
     const float kRounder = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
     const Floats shifted = clamped * 1.44269504f + kRounder;
     const Floats n = shifted - kRounder;

@@ -16,7 +16,10 @@ constexpr size_t kTriesForEachByte = 2;  // text needs one in ten; with more, me
 
 Backtracker::Backtracker(const Vocabulary& vocabulary, const MergeRules& rules) : rules_(rules) {
     origins_.resize(vocabulary.num_ids());
-    for (unsigned byte = 0; byte < 256; ++byte) origins_[rules.byte_id(static_cast<uint8_t>(byte))].size = 1;
+    for (unsigned byte = 0; byte < 256; ++byte) {
+        const uint32_t id = rules.byte_id(static_cast<uint8_t>(byte));
+        if (id != Vocabulary::kNone) origins_[id].size = 1;
+    }
     for (const auto& [left, right, priority] : rules.merges()) {
         Origin& origin = origins_[rules.result(priority)];
         if (origin.order) return;

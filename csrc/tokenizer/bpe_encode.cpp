@@ -1,6 +1,8 @@
 #include "tokenizer/bpe_encode.hpp"
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "tokenizer/long_piece_cache.hpp"
 #include "tokenizer/merge_piece.hpp"
@@ -50,7 +52,12 @@ BpeEncoder::BpeEncoder(const std::vector<std::pair<std::string, uint32_t>>& toke
     : vocabulary_(tokens),
       whole_tokens_first_(!merges),
       rules_(merges ? MergeRules(vocabulary_, *merges) : MergeRules(vocabulary_)),
-      backtracker_(vocabulary_, rules_) {}
+      backtracker_(vocabulary_, rules_) {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+        lacks_byte_[byte] = rules_.byte_id(static_cast<uint8_t>(byte)) == Vocabulary::kNone;
+        lacks_bytes_ |= lacks_byte_[byte];
+    }
+}
 
 BpeEncoder::~BpeEncoder() = default;
 
@@ -126,6 +133,12 @@ void BpeEncoder::encode_piece(std::string_view piece, IdBuffer& ids) const {
 }
 
 void BpeEncoder::encode_uncached(std::string_view piece, EncodeState& state, IdBuffer& ids) const {
+    if (lacks_bytes_) {
+        for (const char c : piece) {
+            const auto byte = static_cast<uint8_t>(c);
+            if (lacks_byte_[byte]) throw std::invalid_argument("byte " + std::to_string(byte) + " has no token");
+        }
+    }
     if (piece.size() == 1) return ids.push(rules_.byte_id(static_cast<uint8_t>(piece[0])));
     if (whole_tokens_first_) {
         const uint32_t id = vocabulary_.find(piece);

@@ -6,6 +6,7 @@
 // the adjacent pair of lowest priority first, the leftmost among equals, until no pair has a merge.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -54,6 +55,8 @@ private:
 
     Vocabulary vocabulary_;
     bool whole_tokens_first_;
+    std::array<bool, 256> lacks_byte_{};  // bytes of no text, or of few
+    bool lacks_bytes_ = false;
     MergeRules rules_;
     Backtracker backtracker_;
 

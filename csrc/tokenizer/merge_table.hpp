@@ -1,11 +1,12 @@
-// (left id, right id) -> how soon they merge; the lowest priority comes first. Most pairs have no merge, so a bitmap that fits the L2 cache is asked
-// first; eight bits for each merge let one absent pair in eight through to the table.
+// (left id, right id) -> how soon they merge; the lowest priority comes first. Most pairs have no merge, so a bitmap that
+// fits the L2 cache is asked first; eight bits for each merge let one absent pair in eight through to the table.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -13,9 +14,10 @@
 
 namespace fastlm::tokenizer {
 
-class MergeTable {
+template <typename Value>
+class PairTable {
 public:
-    static constexpr uint32_t kNone = UINT32_MAX;
+    static constexpr Value kNone = std::numeric_limits<Value>::max();
 
     // Empties the table and makes room for that many merges.
     void reset(size_t num_merges) {
@@ -29,24 +31,24 @@ public:
     }
 
     // Throws std::invalid_argument when the pair is there already.
-    void add(uint32_t left, uint32_t right, uint32_t priority) {
+    void add(uint32_t left, uint32_t right, Value value) {
         const uint64_t added = key(left, right);
         const uint64_t hash = hash_of(added);
         bitmap_[(hash & bit_mask_) >> 6] |= uint64_t{1} << (hash & 63);
         size_t i = hash >> shift_;
         while (slots_[i].key != kEmpty && slots_[i].key != added) i = (i + 1) & mask_;
         if (slots_[i].key == added) throw std::invalid_argument("a merge is there twice");
-        slots_[i] = {added, priority};
+        slots_[i] = {added, value};
     }
 
-    // The priority, or kNone.
-    uint32_t find(uint32_t left, uint32_t right) const {
+    // The value, or kNone.
+    Value find(uint32_t left, uint32_t right) const {
         const uint64_t wanted = key(left, right);
         const uint64_t hash = hash_of(wanted);
         const uint64_t bit = hash & bit_mask_;
         if (!(bitmap_[bit >> 6] >> (bit & 63) & 1)) return kNone;
         for (size_t i = hash >> shift_;; i = (i + 1) & mask_) {
-            if (slots_[i].key == wanted) return slots_[i].priority;
+            if (slots_[i].key == wanted) return slots_[i].value;
             if (slots_[i].key == kEmpty) return kNone;
         }
     }
@@ -55,7 +57,7 @@ private:
     static constexpr uint64_t kEmpty = UINT64_MAX;
     struct Slot {
         uint64_t key = kEmpty;
-        uint32_t priority = kNone;
+        Value value = kNone;
     };
 
     static uint64_t key(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
@@ -67,5 +69,7 @@ private:
     uint64_t bit_mask_ = 0;
     int shift_ = 0;
 };
+
+using MergeTable = PairTable<uint32_t>;  // of priorities
 
 }  // namespace fastlm::tokenizer

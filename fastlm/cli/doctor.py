@@ -181,12 +181,21 @@ def typical_call(op: str, device: torch.device) -> tuple[tuple[Any, ...], dict[s
     def tensor(*shape: int, dtype: torch.dtype = default) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
+    def ids(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     calls: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         "attention": lambda: ((tensor(1, 32, 4, 64), tensor(1, 32, 2, 64), tensor(1, 32, 2, 64)), {"causal": True}),
+        "decode_attention": lambda: (
+            (
+                tensor(2, 1, 4, 64),
+                *(tensor(8, 16, 2, 64) for _ in range(2)),
+                *(ids(*shape, dtype=torch.int32) for shape in ((2, 4), (2,))),
+            ),
+            {},
+        ),
         "linear_cross_entropy": lambda: ((tensor(4, 64), tensor(128, 64), ids(4)), {}),
+        "quantized_linear": lambda: ((tensor(4, 64), ids(8, 68, dtype=torch.uint8), "q8_0"), {}),
         "rms_norm": lambda: ((tensor(4, 64), tensor(64)), {}),
         "rotary": lambda: (
             (tensor(1, 4, 4, 64), tensor(1, 4, 2, 64), *(tensor(8, 32, dtype=torch.float32) for _ in range(2))),

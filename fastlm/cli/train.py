@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
-from fastlm.errors import ConfigError, DataError
+from fastlm.errors import ConfigError, DataError, FastlmError
 
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
@@ -123,9 +124,28 @@ def command(
     else:
         if not data:
             raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
-        dataset = _new_data(out, data, tokenizer, vocab_size, overwrite)
-        description = _describe(dataset, given_training, given_model, architecture, preset)
+        with _nothing_left_behind(out):
+            dataset = _new_data(out, data, tokenizer, vocab_size, overwrite)
+            description = _describe(dataset, given_training, given_model, architecture, preset)
+            _run(out, description, dataset, started_at, as_json)
+        return
     _run(out, description, dataset, started_at, as_json)
+
+
+@contextmanager
+def _nothing_left_behind(out: Path) -> Iterator[None]:
+    """Removes data that was prepared for a run which then did not begin, so that the corrected command can run."""
+    from fastlm.training.run_directory import RUN_FILE
+
+    had_data, had_directory = (out / "data").exists(), out.exists()
+    try:
+        yield
+    except FastlmError:
+        if not (out / RUN_FILE).exists() and not had_data:
+            shutil.rmtree(out / "data", ignore_errors=True)
+            if not had_directory and out.exists():
+                out.rmdir()
+        raise
 
 
 def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_at: float, as_json: bool) -> None:
@@ -188,6 +208,7 @@ def _new_data(
     """Opens a prepared directory, or prepares text in <out>/data. An earlier run is deleted when nothing failed."""
     from fastlm.tokenizer import Tokenizer
     from fastlm.training import TokenDataset, prepare
+    from fastlm.training.data import MANIFEST
     from fastlm.training.run_directory import delete_run
 
     directories = [path for path in data if path.is_dir()]
@@ -202,15 +223,20 @@ def _new_data(
                 raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
             delete_run(out)
         return dataset
+    left = out / "data"
+    if left.exists() and not overwrite:
+        raise ConfigError(f"{left} exists already and is no run's; give another --out, or --overwrite to replace it")
     given = Tokenizer.from_file(tokenizer) if tokenizer is not None else None
     with status_console.status("tokenizing"):
         if not overwrite:
-            return prepare(data, out / "data", tokenizer=given, vocab_size=vocab_size)
+            return prepare(data, left, tokenizer=given, vocab_size=vocab_size)
         fresh = out / f".data.{os.getpid()}"
         prepare(data, fresh, tokenizer=given, vocab_size=vocab_size)
     delete_run(out)
-    fresh.rename(out / "data")
-    return TokenDataset(out / "data")
+    if (left / MANIFEST).exists():
+        shutil.rmtree(left)
+    fresh.rename(left)
+    return TokenDataset(left)
 
 
 def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset:
@@ -311,7 +337,7 @@ class _Display:
         if now.skipped_steps:
             figures += f"  {now.skipped_steps} steps skipped: not finite"
         if now.stage == "final evaluation":
-            figures += "  scoring all of the validation text"
+            figures += "  scoring the validation text"
         elif now.seconds_left is not None:
             figures += f"  {_duration(now.seconds_left)} left"
         self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
@@ -328,7 +354,7 @@ def _duration(seconds: float) -> str:
 def _print_result(out: Path, result: TrainingResult) -> None:
     lines = [
         f"validation: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats a token, "
-        f"perplexity {result.perplexity:.2f}",
+        f"perplexity {result.perplexity:.2f}" + (", on a sample of the validation text" if result.partial else ""),
         f"{result.parameters:,} parameters, {result.steps:,} steps, {result.tokens:,} tokens "
         f"in {_duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
         f"{out}: model, tokenizer, loss.png, log.jsonl; try: "

@@ -2,7 +2,9 @@
 
 from fastlm.ops._registry import OPS, Explanation, explain
 from fastlm.ops.attention import attention
+from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.quantized_linear import dequantize, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary, rotary_tables
 from fastlm.ops.sampling import Sample, sample
@@ -13,8 +15,11 @@ __all__ = [
     "Explanation",
     "Sample",
     "attention",
+    "decode_attention",
+    "dequantize",
     "explain",
     "linear_cross_entropy",
+    "quantized_linear",
     "rms_norm",
     "rotary",
     "rotary_tables",

@@ -37,6 +37,8 @@ from fastlm.training.run_directory import RESULT_FILE, RunDescription, begin_run
 from fastlm.training.schedule import learning_rate_scale, total_steps_when_decay_begins
 
 PARTIAL_WINDOWS = 32  # of an evaluation during the run: about 0.3 s for a small model on two cores
+MAX_FINAL_WINDOWS = 8192  # of the final evaluation: a million tokens, a minute or two for a small model on two cores
+FINAL_SHARE = 0.15  # most of a time limit that the final evaluation may take; it scores a sample where all takes longer
 PLOT_SECONDS = 2.0  # importing matplotlib and drawing
 PACE_STEPS = 20  # steps over which speed is averaged for display
 
@@ -58,7 +60,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to. `loss` (nats a token), `bits_per_byte` and `perplexity` are of the whole validation split.
+    """What a run came to. `loss` (nats a token), `bits_per_byte` and `perplexity` are of the validation split: all of
+    it, or with `partial` evenly spaced windows of it.
 
     They are None when the run was interrupted; the same call continues it.
     """
@@ -69,6 +72,7 @@ class TrainingResult:
     loss: float | None
     bits_per_byte: float | None
     perplexity: float | None
+    partial: bool
     seconds: float  # in the training loop, over all interruptions
     tokens: int  # trained on
     skipped_steps: int
@@ -219,10 +223,19 @@ def train(
 
         save_checkpoint(out, model, optimizer, state, eos_token_id=dataset.eos_token_id)
         report(progress("final evaluation"))
-        final = evaluate(model, dataset.valid, dataset.eos_token_id, dtype=dtype, should_stop=should_stop)
+        final = evaluate(
+            model,
+            dataset.valid,
+            dataset.eos_token_id,
+            max_windows=clock.final_windows(),
+            dtype=dtype,
+            should_stop=should_stop,
+        )
         if final is None:
             return _result(config, model_config, state, parameters, None)
-        log.write(step=state.step, valid_loss=final.loss, valid_bits_per_byte=final.bits_per_byte, partial=False)
+        log.write(
+            step=state.step, valid_loss=final.loss, valid_bits_per_byte=final.bits_per_byte, partial=final.partial
+        )
     finally:
         log.close()
     result = _result(config, model_config, state, parameters, final)
@@ -245,6 +258,7 @@ def _result(
         loss=final.loss if final else None,
         bits_per_byte=final.bits_per_byte if final else None,
         perplexity=final.perplexity if final else None,
+        partial=final.partial if final else False,
         seconds=round(state.seconds, 3),
         tokens=state.step * config.batch_size * model_config.context_length,
         skipped_steps=state.skipped_steps,
@@ -265,7 +279,7 @@ class _Clock:
         # What is left for the loop. After an interruption the start-up is paid again and not counted.
         startup = now - started_at if state.step == 0 else 0.0
         self.budget = None if config.minutes is None else max(0.0, config.minutes * 60.0 - startup)
-        self.final_seconds = 0.05 * self.budget if self.budget else 0.0  # a guess until the first evaluation
+        self.seconds_per_window: float | None = None  # of the quickest evaluation: the first one warms up
         self.begun = now - state.seconds
         self.last_checkpoint = now
         self.recent = [now]
@@ -278,8 +292,21 @@ class _Clock:
         self.steps_per_second = (len(self.recent) - 1) / max(1e-9, now - self.recent[0])
 
     def evaluated(self, seconds: float) -> None:
-        scored = min(PARTIAL_WINDOWS, self.windows_in_all)
-        self.final_seconds = seconds * self.windows_in_all / scored + PLOT_SECONDS
+        pace = seconds / min(PARTIAL_WINDOWS, self.windows_in_all)
+        self.seconds_per_window = min(pace, self.seconds_per_window or pace)
+
+    def final_windows(self) -> int:
+        """How many windows the final evaluation scores."""
+        most = min(self.windows_in_all, MAX_FINAL_WINDOWS)
+        if self.budget is None or self.seconds_per_window is None:
+            return most
+        return min(most, max(PARTIAL_WINDOWS, int(FINAL_SHARE * self.budget / self.seconds_per_window)))
+
+    @property
+    def final_seconds(self) -> float:
+        if self.seconds_per_window is None:
+            return 0.05 * self.budget if self.budget else 0.0  # a guess until the first evaluation
+        return self.final_windows() * self.seconds_per_window + PLOT_SECONDS
 
     def decay_is_due(self) -> bool:
         assert self.budget is not None

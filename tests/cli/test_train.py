@@ -153,7 +153,18 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_no_run(
 ) -> None:
     arguments, message = bad_inputs(tmp_path, text_file)[case]
     assert message in error_of(fastlm("train", "--out", tmp_path / "run", *arguments))
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_no_run_owns_is_replaced_only_when_asked(fastlm, text_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fastlm("train", "--data", text_file, "--out", run, "--steps", 2, *SMALL).returncode == 0
+    for file in run.glob("*.json"):
+        file.unlink()
+    command = ("train", "--data", text_file, "--out", run, "--steps", 2, *SMALL)
+    assert "exists already and is no run's" in error_of(fastlm(*command))
+    assert (run / "data" / "manifest.json").exists()
+    assert fastlm(*command, "--overwrite").returncode == 0
 
 
 def test_the_disk_filling_up_is_one_line_and_the_text_can_be_trained_on_after(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from fastlm.errors import ConfigError, DataError, TrainingError
 from fastlm.model import ModelConfig, RNNConfig, load_model
 from fastlm.training import Progress, TokenDataset, TrainingConfig, evaluate, train
+from fastlm.training.checkpoint import TrainingState
 from fastlm.training.log import read_log
+from fastlm.training.trainer import MAX_FINAL_WINDOWS, PARTIAL_WINDOWS, _Clock
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_seconds=1000)
 
@@ -143,3 +146,16 @@ def test_a_context_longer_than_the_data_leaves_no_run_behind(dataset, tiny, tmp_
 def test_a_model_for_another_vocabulary_is_refused(dataset, tiny, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="vocabulary of 99"):
         train(replace(tiny, vocab_size=99), CONFIG, dataset, tmp_path)
+
+
+def test_a_slow_evaluation_of_much_text_leaves_most_of_the_time_to_training() -> None:
+    clock = _Clock(TrainingConfig(minutes=1), TrainingState(), time.monotonic(), windows_in_all=10_000)
+    clock.evaluated(seconds=PARTIAL_WINDOWS * 0.1)  # at this pace all of the text would take 1,000 s
+    assert clock.final_windows() in (89, 90)
+    assert clock.final_seconds < 12
+    assert not clock.decay_is_due()
+    clock.evaluated(seconds=PARTIAL_WINDOWS * 0.0001)  # once warm, it all fits
+    assert clock.final_windows() == MAX_FINAL_WINDOWS
+    by_steps = _Clock(TrainingConfig(steps=5), TrainingState(), time.monotonic(), windows_in_all=300)
+    by_steps.evaluated(seconds=1e6)
+    assert by_steps.final_windows() == 300

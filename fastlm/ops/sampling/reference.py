@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WORD = 0xFFFFFFFF
+
 
 def supports(*args: object, **kwargs: object) -> str | None:
     return None
@@ -49,7 +51,7 @@ def sample(
     ids = torch.where(valid, ids, torch.zeros_like(ids))
 
     nan = torch.tensor(torch.nan, dtype=torch.float32, device=logits.device)
-    logprobs = processed = raw.new_empty(0)
+    logprobs, processed = raw.new_empty(0), raw.new_empty(0)
     top_ids, top_logprobs = ids.new_empty(0), raw.new_empty(0)
     distribution = raw.double().log_softmax(1) if return_logprobs or num_logprobs else None
     if return_logprobs and distribution is not None:
@@ -146,14 +148,17 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
     """u in [0, 1) with 53 random bits, fp64, by Philox4x32-10."""
-    low = 0xFFFFFFFF
-    key = [seed & low, (seed >> 32) & low]
-    counter = [position & low, (position >> 32) & low, torch.zeros_like(position), torch.zeros_like(position)]
+    zero = torch.zeros_like(position)
+    words = philox([position & WORD, (position >> 32) & WORD, zero, zero], [seed & WORD, (seed >> 32) & WORD])
+    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-53
+
+
+def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 of Salmon et al. 2011: four random words of a counter of four and a key of two, as int64."""
     for _ in range(10):
         # A product of two 32-bit words wraps in int64, which its masked halves do not show.
         product0, product1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        high0, high1 = (product0 >> 32) & low, (product1 >> 32) & low
-        counter = [high1 ^ counter[1] ^ key[0], product1 & low, high0 ^ counter[3] ^ key[1], product0 & low]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    bits = (counter[0] << 21) | (counter[1] >> 11)
-    return bits.double() * 2.0**-53
+        high0, high1 = (product0 >> 32) & WORD, (product1 >> 32) & WORD
+        counter = [high1 ^ counter[1] ^ key[0], product1 & WORD, high0 ^ counter[3] ^ key[1], product0 & WORD]
+        key = [(key[0] + 0x9E3779B9) & WORD, (key[1] + 0xBB67AE85) & WORD]
+    return counter

@@ -1,0 +1,134 @@
+"""Attention of one or a few new tokens a sequence over a paged cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._library import define_op
+from fastlm.ops._registry import Op
+
+MAX_QUERY_LEN = 8  # more new tokens than this are a prefill, which `attention` does better
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """out = softmax(cap(q · kᵀ · scale)) · v, k and v being the tokens of each sequence's own blocks.
+
+    Token t of sequence b lies in `cache[block_table[b, t // block_size], t % block_size]`. The queries are the last
+    query_len tokens of the sequence's context_lens[b] tokens, already in the cache. A query at position p sees tokens
+    t ≤ p and, with `window`, t > p - window. One that sees none, as where context_lens is 0, gives zero. Slots that no
+    query sees are not read. A sequence gives the same bits whatever other sequences are in the batch.
+
+    Args:
+        q: `(batch, query_len, heads, head_dim)`, query_len from 1 to 8, fp32, bf16 or fp16.
+        k_cache, v_cache: `(blocks, block_size, kv_heads, head_dim)`, fp32, bf16 or fp16, both alike; heads a multiple
+            of kv_heads: query head h reads KV head h // (heads / kv_heads).
+        block_table: `(batch, max_blocks)` int32. Entries behind the last used block are not read.
+        context_lens: `(batch,)` int32.
+        scale: of q · kᵀ; 1 / sqrt(head_dim) by default.
+        window: tokens that each query sees, itself included.
+        softcap: logits become softcap · tanh(logits / softcap).
+
+    Returns:
+        `(batch, query_len, heads, head_dim)` in q's dtype. Sums are fp32. No gradient.
+
+    Raises:
+        ValueError: when shapes, dtypes or options do not fit, a length exceeds its row of the table, or a block that
+            is needed lies outside the cache.
+
+    Paged as in Kwon et al., "PagedAttention", 2023 (arXiv 2309.06180), section 4.
+    """
+    _check(q, k_cache, v_cache, block_table, context_lens, window, softcap)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_QUERY_LEN:
+        raise ValueError(
+            f"q must be (batch, query_len, heads, head_dim), query_len 1 to {MAX_QUERY_LEN}, not {tuple(q.shape)}"
+        )
+    if k_cache.ndim != 4 or k_cache.shape != v_cache.shape or k_cache.shape[3] != q.shape[3] or k_cache.shape[1] == 0:
+        raise ValueError(
+            f"k_cache and v_cache must be (blocks, block_size, kv_heads, {q.shape[3]}), "
+            f"not {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
+        raise ValueError(f"heads ({q.shape[2]}) must be a multiple of kv_heads ({k_cache.shape[2]})")
+    floating = (torch.float32, torch.bfloat16, torch.float16)
+    if q.dtype not in floating or k_cache.dtype not in floating or k_cache.dtype != v_cache.dtype:
+        raise ValueError(
+            f"q and the caches must be fp32, bf16 or fp16, the caches alike, "
+            f"not {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
+        )
+    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
+        raise ValueError(
+            f"block_table must be ({q.shape[0]}, max_blocks) int32, not {tuple(block_table.shape)} {block_table.dtype}"
+        )
+    if context_lens.shape != q.shape[:1] or context_lens.dtype != torch.int32:
+        raise ValueError(
+            f"context_lens must be ({q.shape[0]},) int32, not {tuple(context_lens.shape)} {context_lens.dtype}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 or more, not {window}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+
+
+OP = Op("decode_attention", decode_attention, ("reference",))
+
+
+def _run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    backend = OP.select(q, k_cache, v_cache, block_table, context_lens, scale=scale, window=window, softcap=softcap)
+    return backend.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
+
+
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_decode_attention = define_op(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, float scale, "
+    "int? window, float? softcap) -> Tensor",
+    _run,
+    _fake,
+)
