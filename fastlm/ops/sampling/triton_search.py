@@ -20,6 +20,11 @@ LINEAR_PASSES = tl.constexpr(4)  # pivots evenly spaced by value, then by key, w
 
 
 @triton.jit
+def append(items, item):
+    return items + (item,)  # noqa: RUF005  (Triton has no unpacking)
+
+
+@triton.jit
 def to_key(x):
     """The integer whose order is that of the floats; both zeros give 0, NaNs lie beyond the infinities."""
     bits = x.to(tl.int32, bitcast=True)
@@ -132,9 +137,9 @@ def search(
         counts = ()
         masses = ()
         for i in tl.static_range(PIVOTS):
-            pivots = pivots + (pivot(low, high, step, i),)  # noqa: RUF005  (Triton has no unpacking)
-            counts = counts + (tl.zeros((LANES,), tl.int32),)  # noqa: RUF005
-            masses = masses + (tl.zeros((LANES,), tl.float32),)  # noqa: RUF005
+            pivots = append(pivots, pivot(low, high, step, i))
+            counts = append(counts, tl.zeros((LANES,), tl.int32))
+            masses = append(masses, tl.zeros((LANES,), tl.float32))
         least = tl.full((LANES,), INFINITY_KEY, tl.int32)
         for start in range(0, vocab_size, TILES * LANES * VECTOR):
             for t in tl.static_range(TILES):
@@ -147,11 +152,11 @@ def search(
                 new_masses = ()
                 for i in tl.static_range(PIVOTS):
                     hit = keys >= pivots[i]
-                    new_counts = new_counts + (counts[i] + tl.sum(hit.to(tl.int32), 1),)  # noqa: RUF005
+                    new_counts = append(new_counts, counts[i] + tl.sum(hit.to(tl.int32), 1))
                     if MASSES:
-                        new_masses = new_masses + (masses[i] + tl.sum(tl.where(hit, weights, 0.0), 1),)  # noqa: RUF005
+                        new_masses = append(new_masses, masses[i] + tl.sum(tl.where(hit, weights, 0.0), 1))
                     else:
-                        new_masses = new_masses + (masses[i],)  # noqa: RUF005
+                        new_masses = append(new_masses, masses[i])
                 counts = new_counts
                 masses = new_masses
         new_low = low
