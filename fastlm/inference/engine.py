@@ -151,8 +151,19 @@ class Engine:
         return bool(self._ready or self._sequences)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text, after what documents begin with: the tokenizer's own prefix, else an end of text."""
-        return [*_beginning(self.tokenizer), *self.tokenizer.encode(text, disallowed_special=())]
+        """Ids of a text, after what its tokenizer says that texts begin with.
+
+        A tokenizer that says nothing of the kind, as those trained here, has documents begin after an end of text.
+        """
+        ids = self.tokenizer.encode(text, disallowed_special=())
+        settings = self.tokenizer.settings
+        if settings.prefix_ids:
+            return [*settings.prefix_ids, *ids]
+        if ids and (settings.bos_token or settings.eos_token):
+            return ids
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no end-of-text token, with which texts begin")
+        return [self.tokenizer.eos_token_id, *ids]
 
     def add_request(
         self,
@@ -349,16 +360,12 @@ class Engine:
 def _require_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:
     rows, ids = model.config.vocab_size, tokenizer.vocab_size
     padded = ids < rows and rows % VOCABULARY_PADDING == 0
-    if rows != ids and not padded:
+    # Gemma 3's tokenizer has one for images, which models of text lack.
+    beyond = sum(i >= rows for i in tokenizer.special_tokens.values())
+    if ids - rows != beyond and not padded:
         raise ConfigError(
             f"the tokenizer has {ids} ids and the model {rows}: give the tokenizer that the model was trained with"
         )
-
-
-def _beginning(tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no end-of-text token, with which texts begin")
-    return [tokenizer.eos_token_id]
 
 
 def _blocks_in(memory: int | None, bytes_per_block: int, enough: int, device: torch.device) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.errors import ConfigError, InferenceError
+from fastlm.errors import CheckpointError, ConfigError, InferenceError
 from fastlm.inference.beam_search import Beam, beam_search
 from fastlm.inference.engine import Engine, Stats
 from fastlm.inference.engine_thread import EngineThread
@@ -22,7 +22,7 @@ from fastlm.inference.generation import Prompt, collect, list_of_prompts, params
 from fastlm.inference.outputs import Completion, Piece
 from fastlm.inference.sampling_params import SamplingParams
 from fastlm.inference.sequence import Pooling
-from fastlm.model import load_model
+from fastlm.model import load
 from fastlm.model.checkpoint import LanguageModel
 from fastlm.tokenizer import Tokenizer
 
@@ -44,18 +44,23 @@ class Score:
 class LLM:
     """A model behind an engine that serves everything asked of it together.
 
-    >>> llm = LLM("run")
+    >>> llm = LLM("gemma3-270m")
     >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=20))
 
     Args:
-        model: a directory, or a model with its `tokenizer`.
+        model: what `fastlm.model.load` takes, such as a name, a directory or a GGUF file; or a model with its
+            `tokenizer`.
         options: those of `Engine`, such as `memory`, `max_batch_tokens`, `num_drafts`.
     """
 
     def __init__(self, model: LanguageModel | str | Path, tokenizer: Tokenizer | None = None, **options: Any) -> None:
         if isinstance(model, str | Path):
-            tokenizer = tokenizer or Tokenizer.from_file(Path(model) / "tokenizer.json")
-            model = load_model(model)
+            loaded = load(model)
+            if tokenizer is None:
+                if loaded.tokenizer is None:
+                    raise CheckpointError(f"{model} holds no tokenizer.json; put it there, or give a tokenizer")
+                tokenizer = Tokenizer.from_file(loaded.tokenizer)
+            model = loaded.model
         if tokenizer is None:
             raise ConfigError("a model that is given as an object needs its tokenizer beside it")
         self.model = model

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -275,6 +276,7 @@ class Letters:
 
     vocab_size = 6
     eos_token_id = 5
+    special_tokens: ClassVar = {"<|endoftext|>": 5}
 
     def token_bytes(self, token: int) -> bytes:
         return b"abcde"[token : token + 1]
