@@ -96,6 +96,13 @@ def test_the_vocabulary_is_that_of_the_tokenizer(tokenizer: Path, tmp_path: Path
     assert fields["tokenizer.ggml.token_type"].contents()[end] == gguf.TokenType.CONTROL
 
 
+def test_the_tokenizer_read_back_from_the_file_gives_the_same_ids(tokenizer: Path, tmp_path: Path) -> None:
+    save_gguf(model(), tmp_path / "m.gguf", tokenizer=tokenizer)
+    again, own = Tokenizer.from_gguf(tmp_path / "m.gguf"), Tokenizer.from_file(tokenizer)
+    assert again.encode(TEXT) == own.encode(TEXT)
+    assert again.eos_token_id == own.eos_token_id
+
+
 @pytest.mark.parametrize(
     "changes",
     [
