@@ -53,10 +53,11 @@ py::list train(WordCounter& counter, uint32_t vocab_size, uint64_t min_frequency
 
 void bind_tokenizer_train(py::module_& m) {
     py::class_<WordCounter>(m, "WordCounter", "Counts pre-tokens, then trains BPE merges on the counts.")
-        .def(py::init([](const std::string& pattern, unsigned num_threads) {
-                 return std::make_unique<WordCounter>(pattern_from_name(pattern), num_threads);
+        .def(py::init([](const std::string& pattern, unsigned num_threads, size_t most_bytes) {
+                 return std::make_unique<WordCounter>(pattern_from_name(pattern), num_threads, most_bytes);
              }),
-             py::arg("pattern"), py::arg("num_threads"))
+             py::arg("pattern"), py::arg("num_threads"), py::arg("most_bytes") = 0,
+             "`most_bytes` limits the memory of the counts: the rarest words make room. 0 sets no limit.")
         .def("add", &add_texts, py::arg("texts"),
              "Counts complete UTF-8 texts. Returns None, or (index of the text, byte offset) of the first invalid one, "
              "and then counts none of them.")
@@ -65,6 +66,7 @@ void bind_tokenizer_train(py::module_& m) {
              "Returns [(left id, right id, id of the merged token)] and empties the counter. `progress` may be None; "
              "it gets the number of ids in use about ten times a second, and training ends with what it raises.")
         .def_property_readonly("total_words", &WordCounter::total_words)
+        .def_property_readonly("forgotten_words", &WordCounter::forgotten_words)
         .def_property_readonly("distinct_words", &WordCounter::distinct_words);
     m.def(
         "last_safe_cut", [](std::string_view text) { return last_safe_cut(text); }, py::arg("text"),

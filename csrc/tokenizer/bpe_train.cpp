@@ -85,7 +85,7 @@ public:
         right_.resize(options.vocab_size);
     }
 
-    void load_words(const WordCounter& counter);
+    void load_words(WordCounter& counter);
     std::vector<Merge> run();
 
 private:
@@ -124,7 +124,7 @@ private:
 };
 
 template <class Stored>
-void Trainer<Stored>::load_words(const WordCounter& counter) {
+void Trainer<Stored>::load_words(WordCounter& counter) {
     size_t num_words = 0, num_symbols = 0;
     counter.for_each([&](std::string_view word, uint64_t) {
         if (word.size() < 2) return;
@@ -134,7 +134,7 @@ void Trainer<Stored>::load_words(const WordCounter& counter) {
     if (num_words >= UINT32_MAX) throw std::length_error("more than 2^32 distinct words");
     words_.reserve(num_words);
     symbols_.reserve(num_symbols);
-    counter.for_each([&](std::string_view word, uint64_t count) {
+    counter.consume([&](std::string_view word, uint64_t count) {
         if (word.size() < 2) return;
         words_.push_back({symbols_.size(), count, static_cast<uint32_t>(word.size())});
         for (unsigned char byte : word) symbols_.push_back(static_cast<Stored>(options_.byte_ids[byte]));
@@ -374,7 +374,6 @@ template <class Stored>
 std::vector<Merge> train(WordCounter& counter, const TrainOptions& options, const TrainProgress& progress) {
     Trainer<Stored> trainer(options, progress);
     trainer.load_words(counter);
-    counter.clear();
     return trainer.run();
 }
 

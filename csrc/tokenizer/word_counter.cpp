@@ -115,15 +115,15 @@ size_t character_before(std::string_view text, size_t end) {
 }  // namespace
 
 void WordTable::clear() {
-    words_.clear();
+    size_ = 0;
     std::fill(slots_.begin(), slots_.end(), kEmpty);
 }
 
 void WordTable::grow() {
-    if (words_.size() >= kEmpty / 2) throw std::length_error("more than 2^31 distinct words");
+    if (size_ >= kEmpty / 2) throw std::length_error("more than 2^31 distinct words");
     slots_.assign(std::max<size_t>(1024, slots_.size() * 2), kEmpty);
-    for (uint32_t i = 0; i < words_.size(); ++i) {
-        size_t slot = words_[i].hash & mask();
+    for (uint32_t i = 0; i < size_; ++i) {
+        size_t slot = word_at(i).hash & mask();
         while (slots_[slot] != kEmpty) slot = (slot + 1) & mask();
         slots_[slot] = i;
     }
@@ -140,11 +140,16 @@ const char* Arena::copy(std::string_view bytes) {
     std::memcpy(copied, bytes.data(), bytes.size());
     next_ += bytes.size();
     free_ -= bytes.size();
+    memory_ += bytes.size();
     return copied;
 }
 
-WordCounter::WordCounter(Pattern pattern, unsigned num_threads)
-    : pattern_(pattern), round_tables_(std::max(1u, num_threads)), shards_(std::max(1u, num_threads)) {}
+WordCounter::WordCounter(Pattern pattern, unsigned num_threads, size_t most_bytes)
+    : pattern_(pattern),
+      scanner_(scanner_from_name("")),
+      most_bytes_(most_bytes),
+      round_tables_(std::max(1u, num_threads)),
+      shards_(kShards) {}
 
 std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> texts) {
     size_t total_bytes = 0;
@@ -158,52 +163,82 @@ std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> te
         total_bytes < kParallelFromBytes ? 1 : std::min(round_tables_.size(), pieces.size());
 
     std::atomic<size_t> next_piece{0};
+    std::atomic<uint64_t> num_words{0};
     std::vector<std::optional<InvalidUtf8>> invalid(pieces.size());
     run_on_threads(num_threads, [&](size_t thread) {
         WordTable& table = round_tables_[thread];
         table.clear();
+        uint64_t words = 0;
         for (size_t i; (i = next_piece.fetch_add(1)) < pieces.size();) {
             if (const auto offset = find_invalid_utf8(pieces[i].bytes)) {
                 invalid[i] = {pieces[i].text, pieces[i].offset + *offset};
                 return;
             }
-            split(pattern_, scanner_from_name(""), pieces[i].bytes.data(), pieces[i].bytes.size(), [&](const char* data, size_t length) {
+            const char* text = pieces[i].bytes.data();
+            split(pattern_, scanner_, text, pieces[i].bytes.size(), [&](const char* data, size_t length) {
                 const std::string_view word{data, length};
                 table.add(word, hash_bytes(word), 1, [](std::string_view bytes) { return bytes.data(); });
+                ++words;
             });
         }
+        num_words += words;
     });
     for (const auto& error : invalid)
         if (error) return error;
 
-    run_on_threads(num_threads == 1 ? 1 : shards_.size(), [&](size_t thread) {
+    total_words_ += num_words;
+    run_on_threads(num_threads, [&](size_t thread) {
         for (size_t t = 0; t < num_threads; ++t) {
-            for (const CountedWord& word : round_tables_[t].words()) {
-                const size_t shard = (static_cast<uint64_t>(word.hash) * shards_.size()) >> 32;
-                if (num_threads > 1 && shard != thread) continue;
-                shards_[shard].table.add(word.view(), word.hash, word.count,
-                                         [&](std::string_view bytes) { return shards_[shard].arena.copy(bytes); });
-            }
+            round_tables_[t].for_each([&](const CountedWord& word) {
+                const size_t index = (static_cast<uint64_t>(word.hash) * kShards) >> 32;
+                if (index % num_threads != thread) return;
+                Shard& shard = shards_[index];
+                shard.table.add(word.view(), word.hash, word.count,
+                                [&](std::string_view bytes) { return shard.arena.copy(bytes); });
+            });
         }
     });
+    if (most_bytes_ && memory() > most_bytes_) forget_rarest();
     return std::nullopt;
-}
-
-uint64_t WordCounter::total_words() const {
-    uint64_t total = 0;
-    for_each([&](std::string_view, uint64_t count) { total += count; });
-    return total;
 }
 
 uint64_t WordCounter::distinct_words() const {
     uint64_t total = 0;
-    for (const Shard& shard : shards_) total += shard.table.words().size();
+    for (const Shard& shard : shards_) total += shard.table.size();
     return total;
 }
 
-void WordCounter::clear() {
-    for (WordTable& table : round_tables_) table = WordTable{};
-    for (Shard& shard : shards_) shard = Shard{};
+size_t WordCounter::memory() const {
+    size_t total = 0;
+    for (const Shard& shard : shards_) total += shard.table.memory() + shard.arena.memory();
+    return total;
+}
+
+void WordCounter::forget_rarest() {
+    constexpr size_t highest_count = 4095;
+    std::vector<size_t> bytes_of_count(highest_count + 1);
+    size_t total = 0;
+    for_each([&](std::string_view word, uint64_t count) {
+        const size_t bytes = word.size() + sizeof(CountedWord);
+        bytes_of_count[std::min<uint64_t>(count, highest_count)] += bytes;
+        total += bytes;
+    });
+    uint64_t most_forgotten = 0;
+    for (size_t freed = 0; freed * 2 < total && most_forgotten < highest_count;) {
+        freed += bytes_of_count[++most_forgotten];
+    }
+    for (Shard& shard : shards_) {
+        Shard kept;
+        shard.table.for_each([&](const CountedWord& word) {
+            if (word.count <= most_forgotten) {
+                forgotten_words_ += word.count;
+                return;
+            }
+            kept.table.add(word.view(), word.hash, word.count,
+                           [&](std::string_view bytes) { return kept.arena.copy(bytes); });
+        });
+        shard = std::move(kept);
+    }
 }
 
 size_t last_safe_cut(std::string_view text) {

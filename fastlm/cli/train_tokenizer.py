@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,10 @@ SAMPLE_BYTES = 1 << 20
 
 
 def command(
-    data: Annotated[list[Path], typer.Option("--data", "-d", help="UTF-8 text file; repeat for more.")],
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", "-d", help="UTF-8 text, also .gz or .zst, or - for standard input; repeat for more."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write tokenizer.json.")],
     vocab_size: Annotated[
         int, typer.Option("--vocab-size", "-v", help="Ids in all: special tokens, 256 bytes, merges.")
@@ -29,11 +33,21 @@ def command(
         list[str] | None, typer.Option("--special", help="Special token; repeat for more. [default: <|endoftext|>]")
     ] = None,
     min_frequency: Annotated[int, typer.Option("--min-frequency", help="Merge only pairs that occur this often.")] = 0,
+    field: Annotated[
+        str | None, typer.Option("--field", help="The files are JSON lines; each text is the value of this field.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Most memory to take, such as 1GB; past it the rarest words are forgotten."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a byte-level BPE tokenizer and write it as tokenizer.json, which Hugging Face reads with equal ids.
 
     Example: fastlm train-tokenizer --data reviews.txt --vocab-size 8000 --out tokenizer.json
+
+    JSON lines, compressed, in bounded memory: fastlm train-tokenizer --data web.jsonl.zst --field text --memory 1GB
+    --out tokenizer.json
     """
     from fastlm.tokenizer.trainer import BpeTrainer
 
@@ -43,12 +57,13 @@ def command(
         pattern=pattern,
         special_tokens=("<|endoftext|>",) if special is None else special,
         min_frequency=min_frequency,
+        memory=None if memory is None else _bytes_of(memory),
     )
     with _ProgressBars() as bars:
-        tokenizer = trainer.train(data, progress=bars.update)
+        tokenizer = trainer.train(data, field=field, progress=bars.update)
     report = trainer.report
     assert report is not None
-    sample = _sample(data[0])
+    sample = _sample(data[0], field)
     bytes_per_token = len(sample.encode()) / len(tokenizer.encode_ordinary(sample)) if sample else None
     tokenizer.save(out)
     seconds = report.reading_seconds + report.merging_seconds
@@ -62,6 +77,7 @@ def command(
                 "bytes_read": report.bytes_read,
                 "words": report.words,
                 "distinct_words": report.distinct_words,
+                "forgotten_words": report.forgotten_words,
                 "seconds": round(seconds, 3),
                 "bytes_per_token": bytes_per_token and round(bytes_per_token, 3),
             }
@@ -80,6 +96,13 @@ def command(
             f"{bytes_per_token:.2f} bytes per token on the first {len(sample.encode()) / 1e6:.2f} MB of {data[0]}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
+        )
+    if report.forgotten_words:
+        status_console.print(
+            f"[yellow]{report.forgotten_words:,} of {report.words:,} words were forgotten[/] to stay within --memory "
+            f"{memory}: the rarest ones, so late merges may differ from exact ones; more memory gives exact ones",
+            highlight=False,
             soft_wrap=True,
         )
     if report.stopped_early:
@@ -136,8 +159,19 @@ def _check_output(out: Path) -> None:
         raise ConfigError(f"--out {out}: the directory {out.absolute().parent} does not exist; create it first")
 
 
-def _sample(path: Path) -> str:
-    if not path.is_file():  # a pipe, which has been read to its end
+def _bytes_of(memory: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)(I?)B?", memory.strip().upper())
+    if match is None:
+        raise ConfigError(f"--memory {memory!r} is no size; give one such as 1GB, 512MB or 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMG".index(prefix or " "))
+
+
+def _sample(path: Path, field: str | None) -> str:
+    """The first text of the first file, to say how well it is compressed; "" if it cannot be read again."""
+    from fastlm.tokenizer.text_reader import read_files
+
+    if not path.is_file():  # standard input or a pipe, which has been read to its end
         return ""
-    with path.open("rb") as handle:
-        return handle.read(SAMPLE_BYTES).decode(errors="ignore")
+    chunk = next(read_files([path], field))
+    return b"\n".join(chunk.texts)[:SAMPLE_BYTES].decode(errors="ignore")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,12 @@ from typing import Literal
 from fastlm._core import native
 from fastlm.errors import ConfigError, DataError
 from fastlm.tokenizer.byte_level import BYTE_TO_CHAR, CHAR_TO_BYTE
+from fastlm.tokenizer.text_reader import STDIN, Chunk, gather, read_files, total_bytes
 from fastlm.tokenizer.tokenizer import Tokenizer
 
-CHUNK_BYTES = 16 << 20  # large enough to keep every thread busy, small against the tables of a large corpus
 MAX_THREADS = 8
-MAX_TEXT_BYTES = 1 << 30  # of a text, or part of a file, that cannot be cut; the native core counts to 4 GiB
+MIN_MEMORY = 256 << 20  # of which the interpreter, the libraries and the chunks of text take about half
+COUNTER_SHARE = 0.3  # of memory; turning the counted words into symbols and listing pairs takes as much again twice
 MAX_VOCAB_SIZE = 1 << 22  # sixteen times the largest vocabularies in use
 
 
@@ -36,6 +37,7 @@ class TrainingReport:
     bytes_read: int
     words: int  # pre-tokens
     distinct_words: int
+    forgotten_words: int  # of `words`: occurrences of rare words that had to make room, for lack of memory
     merges: int
     vocab_size: int
     requested_vocab_size: int
@@ -65,6 +67,10 @@ class BpeTrainer:
             contractions as such, which costs 2 % more tokens in Korean reviews and 9 % in English plays.
         special_tokens: strings that get the first ids and that merging never makes part of.
         min_frequency: least number of occurrences of a pair that is merged.
+        memory: bytes that training may take, the interpreter included; None sets no limit. Memory grows with the
+            distinct words of the text. When they would need more, the rarest are forgotten, as in lossy counting
+            (Manku and Motwani 2002): merges are then no longer exact, and `report.forgotten_words` says how many
+            occurrences are not in the counts.
 
     Raises:
         ConfigError: an option makes no sense, such as a vocabulary without room for the 256 bytes.
@@ -77,6 +83,7 @@ class BpeTrainer:
         pattern: str = "cl100k",
         special_tokens: Sequence[str] = ("<|endoftext|>",),
         min_frequency: int = 0,
+        memory: int | None = None,
     ) -> None:
         if isinstance(special_tokens, str):
             raise ConfigError(f"special_tokens must be a list of strings, not the string {special_tokens!r}")
@@ -84,28 +91,37 @@ class BpeTrainer:
         self.pattern = pattern
         self.special_tokens = tuple(special_tokens)
         self.min_frequency = min_frequency
+        self.memory = memory
         self.report: TrainingReport | None = None
         """What the last run did; None before the first."""
         self._check_options()
 
-    def train(self, paths: str | Path | Sequence[str | Path], *, progress: ProgressCallback | None = None) -> Tokenizer:
+    def train(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        field: str | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Tokenizer:
         """Trains on UTF-8 text files, each read as one text, in chunks, so that memory does not grow with their size.
 
-        A chunk ends where every pattern would split the text anyhow (after a line end that stands between two texts,
-        or before the space between two words), so the result does not depend on the chunks. A file without any such
-        place is read whole. Line ends are part of the text, as they are when it is encoded.
+        `-` is standard input; `.gz` and `.zst` are decompressed. With `field`, files hold one JSON object a line, and
+        each value of that field is a text of its own. The result does not depend on the chunks; a file without any
+        place to cut is read whole. Line ends are part of the text, as they are when it is encoded.
 
         `progress` is called after each chunk and about ten times a second while merging. What it raises ends
         training, and so does Ctrl-C.
 
         Raises:
-            DataError: a file is missing, a directory, empty, or not UTF-8 (with the byte offset).
+            DataError: a file is missing, a directory, empty, damaged, or not UTF-8 (with the byte offset), or a line
+                is no JSON object with the field.
         """
         files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
         if not files:
             raise DataError("no file to train on was given")
-        total = sum(_checked_size(path) for path in files)
-        return self._run(_read_files(files), total, progress)
+        if files.count(STDIN) > 1:
+            raise DataError("standard input (-) is given twice; it can be read once")
+        return self._run(read_files(files, field), total_bytes(files), progress)
 
     def train_from_iterator(self, texts: Iterable[str], *, progress: ProgressCallback | None = None) -> Tokenizer:
         """Trains on strings, each a text of its own: no merge depends on where one ends and the next begins.
@@ -115,7 +131,7 @@ class BpeTrainer:
         """
         if isinstance(texts, str):
             raise DataError("train_from_iterator takes an iterable of texts; put the one text into a list")
-        return self._run(_gather(texts), None, progress)
+        return self._run(gather(texts), None, progress)
 
     def _check_options(self) -> None:
         least = 256 + len(self.special_tokens)
@@ -126,6 +142,8 @@ class BpeTrainer:
             )
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ConfigError(f"vocab_size {self.vocab_size} is above the limit of {MAX_VOCAB_SIZE}")
+        if self.memory is not None and self.memory < MIN_MEMORY:
+            raise ConfigError(f"memory is {self.memory:,} bytes; training takes at least {MIN_MEMORY:,}")
         if self.min_frequency < 0:
             raise ConfigError(f"min_frequency is {self.min_frequency}; give 0 or more")
         for token in self.special_tokens:
@@ -142,9 +160,10 @@ class BpeTrainer:
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    def _run(self, chunks: Iterable[_Chunk], total_bytes: int | None, progress: ProgressCallback | None) -> Tokenizer:
+    def _run(self, chunks: Iterable[Chunk], size: int | None, progress: ProgressCallback | None) -> Tokenizer:
         self.report = None
-        counter = native().WordCounter(self.pattern, min(_num_processors(), MAX_THREADS))
+        counter_bytes = int((self.memory or 0) * COUNTER_SHARE)
+        counter = native().WordCounter(self.pattern, min(_num_processors(), MAX_THREADS), counter_bytes)
         started = time.perf_counter()
         bytes_read = 0
         for chunk in chunks:
@@ -153,8 +172,9 @@ class BpeTrainer:
                 raise chunk.invalid_utf8(*invalid)
             bytes_read += sum(map(len, chunk.texts))
             if progress is not None:
-                progress(TrainingProgress("reading", bytes_read, total_bytes))
+                progress(TrainingProgress("reading", bytes_read, size))
         words, distinct_words = counter.total_words, counter.distinct_words
+        forgotten_words = counter.forgotten_words
         if words == 0:
             raise DataError("there is no text to train on")
         counted = time.perf_counter()
@@ -190,6 +210,7 @@ class BpeTrainer:
             bytes_read=bytes_read,
             words=words,
             distinct_words=distinct_words,
+            forgotten_words=forgotten_words,
             merges=len(merges),
             vocab_size=len(tokens),
             requested_vocab_size=self.vocab_size,
@@ -218,82 +239,5 @@ class BpeTrainer:
 _BYTES_IN_ID_ORDER = sorted(range(256), key=BYTE_TO_CHAR.__getitem__)
 
 
-@dataclass
-class _Chunk:
-    """Texts counted together, and where they come from."""
-
-    texts: list[bytes]
-    path: Path | None = None
-    offset: int = 0  # of the one text in its file
-    first_index: int = 0  # of the first text among the iterator's
-
-    def invalid_utf8(self, index: int, offset: int) -> DataError:
-        where = f"{self.path}" if self.path else f"text {self.first_index + index}"
-        byte = self.texts[index][offset]
-        return DataError(
-            f"{where}: not UTF-8: byte 0x{byte:02x} at offset {self.offset + offset}; "
-            "convert it first, for example with: iconv -f CP949 -t UTF-8"
-        )
-
-
 def _num_processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _checked_size(path: Path) -> int:
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; give its text files")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the path of a UTF-8 text file") from None
-    if size == 0 and path.is_file():
-        raise DataError(f"{path}: the file is empty; there is nothing to learn from")
-    return size
-
-
-def _read_files(paths: list[Path]) -> Iterator[_Chunk]:
-    last_safe_cut = native().last_safe_cut
-    for path in paths:
-        try:
-            handle = path.open("rb", buffering=0)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-        with handle:
-            rest, offset = b"", 0
-            while block := handle.read(max(CHUNK_BYTES, len(rest))):
-                rest += block
-                if len(rest) > MAX_TEXT_BYTES:
-                    raise DataError(
-                        f"{path}: no line end and no space between words in {MAX_TEXT_BYTES:,} bytes from offset "
-                        f"{offset}; put line ends into the text"
-                    )
-                cut = last_safe_cut(rest)
-                if cut:
-                    yield _Chunk([rest[:cut]], path, offset)
-                    rest, offset = rest[cut:], offset + cut
-            if rest:
-                yield _Chunk([rest], path, offset)
-
-
-def _gather(texts: Iterable[str]) -> Iterator[_Chunk]:
-    """Texts in groups of about CHUNK_BYTES."""
-    group: list[bytes] = []
-    size = first_index = 0
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"text {index} is a {type(text).__name__}, not a str")
-        try:
-            group.append(text.encode())
-        except UnicodeEncodeError as error:
-            raise DataError(f"text {index}: lone surrogate at character {error.start} cannot be UTF-8") from None
-        if len(group[-1]) > MAX_TEXT_BYTES:
-            raise DataError(
-                f"text {index} has more than {MAX_TEXT_BYTES:,} bytes; give it in parts, or train on a file"
-            )
-        size += len(group[-1])
-        if size >= CHUNK_BYTES:
-            yield _Chunk(group, first_index=first_index)
-            group, size, first_index = [], 0, index + 1
-    if group:
-        yield _Chunk(group, first_index=first_index)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -114,6 +116,9 @@ def test_too_little_text_is_said(
         ("text.txt", ("--pattern", "gpt9"), "gpt9"),
         ("text.txt", ("--special", "x"), "name of a single byte"),
         ("text.txt", ("--min-frequency", "-3"), "min_frequency is -3"),
+        ("text.txt", ("--memory", "much"), "--memory 'much' is no size; give one such as 1GB"),
+        ("text.txt", ("--memory", "1MB"), "memory is 1,000,000 bytes; training takes at least"),
+        ("text.txt", ("--field", "text"), "text.txt, line 1: not JSON"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_the_earlier_file(
@@ -157,6 +162,49 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_file(text_file: Path, ea
     assert len(result.stderr.splitlines()) == 1
     assert earlier.read_text() == "earlier"
     assert os.listdir(earlier.parent) == [earlier.name]
+
+
+def test_standard_input_gives_what_a_file_gives(text_file: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / "a.json", tmp_path / "b.json"]
+    for data, out in (("-", outs[0]), (str(text_file), outs[1])):
+        command = [sys.executable, "-m", "fastlm", "train-tokenizer", "-d", data, "-v", "500", "-o", str(out)]
+        result = subprocess.run(command, stdin=text_file.open(), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_compressed_json_lines_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, earlier: Path
+) -> None:
+    texts = [*list(topics.values())[:30], KOREAN * 20]
+    path = tmp_path / "texts.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps({"body": text}) for text in texts).encode()))
+    options = ("--field", "body", "--memory", "1GB", "-v", "400", "-o", earlier, "--json")
+    assert fastlm(monkeypatch, "train-tokenizer", "-d", path, *options) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bytes_read"] == sum(len(text.encode()) for text in texts)
+    assert result["forgotten_words"] == 0
+    assert result["bytes_per_token"] > 1
+    assert fastlm(monkeypatch, "train-tokenizer", "-d", path, "-o", earlier) == 1
+    assert "--field text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_gigabytes_stay_under_one_of_memory(tmp_path: Path) -> None:
+    """Distinct words without end, which would need several GB of counts."""
+    path = tmp_path / "large.txt"
+    rng = np.random.default_rng(0)
+    with path.open("wb") as file:
+        while file.tell() < 2_000_000_000:
+            words = rng.zipf(1.1, 2_000_000) % 10**12
+            file.write("\n".join(np.char.mod("w%d", words.reshape(-1, 1))[:, 0]).encode() + b"\n")
+    command = [sys.executable, "-m", "fastlm", "train-tokenizer", "-d", path, "--memory", "1GB", "-v", "8000"]
+    process = subprocess.Popen([*command, "-o", tmp_path / "t.json", "--json"], stdout=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss * 1024 < 1_000_000_000
+    assert process.stdout is not None
+    assert json.loads(process.stdout.read())["forgotten_words"] > 0
 
 
 def open_when_read(pipe: Path, process: subprocess.Popen[str]) -> int:

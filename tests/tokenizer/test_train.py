@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +15,7 @@ import regex
 
 from fastlm._core import native
 from fastlm.errors import ConfigError, DataError
-from fastlm.tokenizer import trainer as trainer_module
+from fastlm.tokenizer import text_reader
 from fastlm.tokenizer.byte_level import to_chars
 from fastlm.tokenizer.trainer import BpeTrainer, TrainingProgress
 from tests.tokenizer import hugging_face as hf
@@ -101,7 +105,7 @@ def test_files_give_the_same_result_in_any_chunks(
     path.write_bytes(text.encode())
     whole = BpeTrainer(600).train_from_iterator([text])
     for chunk_bytes in (17, 1009, 1 << 20):
-        monkeypatch.setattr(trainer_module, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(text_reader, "CHUNK_BYTES", chunk_bytes)
         assert BpeTrainer(600).train(path).merges == whole.merges
 
 
@@ -148,7 +152,7 @@ def test_too_little_text_stops_early_and_says_so() -> None:
 
 
 def test_progress_grows_and_ends_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(text_reader, "CHUNK_BYTES", 10_000)
     path = tmp_path / "text.txt"
     path.write_text("".join(topics.values())[:100_000])
     seen: list[TrainingProgress] = []
@@ -199,7 +203,7 @@ def test_ctrl_c_ends_merging() -> None:
 def test_invalid_utf8_is_refused_with_its_byte_offset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int
 ) -> None:
-    monkeypatch.setattr(trainer_module, "CHUNK_BYTES", 600)
+    monkeypatch.setattr(text_reader, "CHUNK_BYTES", 600)
     data = bytearray(b"word and\n" * 1111)
     data[offset : offset + 1] = b"\xff"
     path = tmp_path / "text.txt"
@@ -242,16 +246,120 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_text_that_cannot_be_cut_is_read_whole_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(text_reader, "CHUNK_BYTES", 100)
     path = tmp_path / "long.txt"
     path.write_text("漢字" * 2000)
     whole = BpeTrainer(300).train_from_iterator(["漢字" * 2000])
     assert BpeTrainer(300).train(path).merges == whole.merges
-    monkeypatch.setattr(trainer_module, "MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr(text_reader, "MAX_TEXT_BYTES", 5000)
     with pytest.raises(DataError, match=r"long.txt: no line end .* from offset 0; put line ends"):
         BpeTrainer(300).train(path)
     with pytest.raises(DataError, match="text 1 has more than 5,000 bytes"):
         BpeTrainer(300).train_from_iterator(["a", "b" * 5001])
+
+
+def compress(path: Path, data: bytes) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data[:1000]) + gzip.compress(data[1000:]))  # two members, as `cat` makes
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        compressor = zstandard.ZstdCompressor()
+        path.write_bytes(compressor.compress(data[:1000]) + compressor.compress(data[1000:]))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_give_what_plain_ones_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(text_reader, "CHUNK_BYTES", 1000)
+    text = "".join(topics.values())[:50_000] + KOREAN * 50
+    plain = tmp_path / "text.txt"
+    plain.write_bytes(text.encode())
+    path = compress(tmp_path / f"text.txt{suffix}", text.encode())
+    assert BpeTrainer(600).train([path]).merges == BpeTrainer(600).train(plain).merges
+    both = BpeTrainer(600)
+    both.train([path, plain])
+    assert both.report is not None
+    assert both.report.bytes_read == 2 * len(text.encode())
+
+    for damaged in (path.read_bytes()[:-9], path.read_bytes()[:50] + b"\xff" * 20 + path.read_bytes()[70:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"text\.txt\{suffix}: damaged or cut off"):
+            BpeTrainer(600).train(path)
+
+
+def test_a_missing_zstandard_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "text.zst"
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match="needs the zstandard package: pip install zstandard"):
+        BpeTrainer().train(path)
+
+
+def test_json_lines_are_texts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_reader, "CHUNK_BYTES", 200)
+    texts = [*(KOREAN * n for n in range(1, 8)), 'line\nend \u2028 \\ "quoted"', "", *list(topics.values())[:5]]
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"id": i, "body": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n\n", "utf-8")
+    expected = BpeTrainer(500).train_from_iterator(texts)
+    assert BpeTrainer(500).train(path, field="body").merges == expected.merges
+    compressed = compress(tmp_path / "texts.jsonl.gz", path.read_bytes())
+    assert BpeTrainer(500).train(compressed, field="body").merges == expected.merges
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"bad\.jsonl, line 2: not JSON"),
+        ("[1]", "line 2: not a JSON object but a list"),
+        ('{"title": "x", "n": 1}', "line 2: no field 'text', but 'title', 'n'; choose another with --field"),
+        ('{"text": 3}', "line 2: field 'text' is a int, not a string"),
+        ('{"text": "\\ud800"}', "line 2: lone surrogate at character 0"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_bad_json_lines_are_refused_with_their_number(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        BpeTrainer().train(path, field="text")
+
+
+def test_json_lines_without_a_field_are_not_taken_for_text(tmp_path: Path) -> None:
+    for name in ("texts.jsonl", "texts.ndjson.gz"):
+        (tmp_path / name).write_text('{"text": "x"}')
+        with pytest.raises(DataError, match="say which field holds the text: --field text"):
+            BpeTrainer().train(tmp_path / name)
+
+
+def test_enough_memory_changes_nothing_and_too_little_forgets_the_rarest(fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    common = ["the", "and", "학교에서", "low", "newest"]
+    rare = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=20)) for _ in range(40_000)]
+    text = " ".join(word for each in rare for word in (each, *common))
+    exact = BpeTrainer(400)
+    expected = exact.train_from_iterator([text] * 3)
+    roomy = BpeTrainer(400, memory=4 << 30)
+    assert roomy.train_from_iterator([text] * 3).merges == expected.merges
+    assert roomy.report is not None
+    assert roomy.report.forgotten_words == 0
+
+    counter = native().WordCounter("gpt2", 2, 400_000)
+    for start in range(0, len(rare), 1000):
+        words = [word for each in rare[start : start + 1000] for word in (each, *common)]
+        assert counter.add(["".join(f" {word}" for word in words).encode()]) is None
+    assert counter.total_words == 40_000 * 6
+    assert counter.distinct_words < 10_000
+    assert counter.forgotten_words == 40_005 - counter.distinct_words
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right, _ in counter.train(256 + 40, 0, list(range(256)), 256, {}, None):
+        tokens.append(tokens[left] + tokens[right])
+    assert {f" {word}".encode() for word in common} < set(tokens)
+    with pytest.raises(ConfigError, match="memory is 1,000 bytes; training takes at least"):
+        BpeTrainer(memory=1000)
 
 
 def test_bad_texts_are_refused() -> None:
