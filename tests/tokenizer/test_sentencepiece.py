@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastlm.errors import TokenizerError
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer import AddedToken, Settings, Tokenizer
 from fastlm.tokenizer.sentencepiece import BYTE_TOKENS, SentencePieceTokenizer, SpaceRules
 from tests.tokenizer.hugging_face import random_text
 
@@ -246,3 +246,55 @@ def test_random_unicode_round_trips(fresh_seed: int) -> None:
     for _ in range(500):
         text = random_text(rng, rng.randrange(60)).replace("▁", "")
         assert ours.decode(ours.encode(text), errors="strict") == text
+
+
+def run_pieces(longest: dict[str, list[int]]) -> tuple[dict[str, int], dict[str, float]]:
+    """Runs of characters up to some lengths, all of one low score, as Llama 2 and Gemma have them."""
+    runs = [char * n for char, lengths in longest.items() for n in lengths]
+    words = ["a", "b", "ab", "▁a", "▁ab"]
+    pieces = {piece: i for i, piece in enumerate(["<unk>", *BYTE_TOKENS, *longest, *words, *runs])}
+    scores = dict.fromkeys([*longest, *runs], -1000.0) | {piece: -float(i) for i, piece in enumerate(words)}
+    return pieces, scores
+
+
+@pytest.mark.parametrize("lengths", [[2, 3, 4, 5, 6], [2, 4, 8], [2, 3, 4, 6, 7, 9], [2]])
+def test_runs_of_one_score_are_saved_as_merges_that_do_the_same(
+    lengths: list[int], tmp_path: Path, fresh_seed: int
+) -> None:
+    rng = random.Random(fresh_seed)
+    pieces, scores = run_pieces({"▁": lengths, "\n": lengths[:2]})
+    ours = SentencePieceTokenizer(pieces, scores=scores, unknown="<unk>")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for _ in range(400):
+        text = "".join(rng.choices([" ", "  ", "\n", "a", "b"], k=rng.randrange(25)))
+        assert theirs.encode(text).ids == ours.encode(text), repr(text)
+
+
+def test_pieces_of_one_score_that_meet_cannot_be_saved(tmp_path: Path) -> None:
+    pieces = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    ours = SentencePieceTokenizer(pieces, scores=dict.fromkeys(["a", "b", "c", "ab", "bc"], 0.0), unknown="<unk>")
+    assert ours.encode("abc") == [4, 3]
+    with pytest.raises(TokenizerError, match="have the same score and meet in text"):
+        ours.save(tmp_path / "tokenizer.json")
+
+
+def test_user_defined_spaces_are_found_before_merging_and_saved(tmp_path: Path, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    pieces, scores = run_pieces({"▁": [2, 3]})
+    user_defined = (AddedToken("  ", pieces["▁▁"], special=False), AddedToken("   ", pieces["▁▁▁"], special=False))
+    ours = SentencePieceTokenizer(
+        pieces, scores=scores, unknown="<unk>", settings=Settings(added_tokens=user_defined), name="gemma"
+    )
+    assert ours.encode("  a") == [pieces["▁▁"], pieces["a"]]  # merging would give "▁", "▁a"
+    assert ours.encode(" ▁  a", disallowed_special=()) == ours.encode("    a")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_str(theirs.to_str())
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    for _ in range(300):
+        text = "".join(rng.choices([" ", "  ", "▁", "a", "b", "\n"], k=rng.randrange(20)))
+        ids, offsets = ours.encode_with_offsets(text)
+        assert ids == ours.encode(text) == theirs.encode(text).ids == again.encode(text), repr(text)
+        assert ours.decode(ids) == text.replace("▁", " ")
+        assert offsets == sorted(offsets)
