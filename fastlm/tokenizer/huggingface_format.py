@@ -56,16 +56,17 @@ def load_huggingface(path_or_id: str | Path, *, revision: str | None = None) -> 
 def _from_hub(repository: str, name: str, revision: str | None) -> Path | None:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise TokenizerError(
             f"{repository}: no such path; to look for a model of that name, pip install huggingface_hub"
         ) from None
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except EntryNotFoundError:
-        return None
     except Exception as error:
+        # Offline, what is not in the cache is a LocalEntryNotFoundError, which says nothing about the hub.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise TokenizerError(
             f"{repository}: no such path, and the Hugging Face hub did not give its {name}: {reason}. Offline, pass "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from itertools import pairwise
@@ -16,6 +17,7 @@ from fastlm.errors import TokenizerError
 from fastlm.tokenizer import AddedToken, Settings, Tokenizer
 from fastlm.tokenizer.sentencepiece import BYTE_TOKENS, SentencePieceTokenizer, SpaceRules
 from tests.tokenizer.hugging_face import random_text
+from tests.tokenizer.test_huggingface_format import mutate
 
 DECODER = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 
@@ -226,6 +228,46 @@ def test_files_that_ask_for_more_are_refused_by_name(tmp_path: Path, change: dic
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), "utf-8")
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
+
+
+def test_mutated_files_load_or_raise_tokenizer_error(tmp_path: Path, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    theirs = hugging_face({"<unk>": 0, "a": 1, "b": 2, "aa": 3, "▁": 4, "▁a": 5}, [("a", "a"), ("▁", "a")])
+    theirs.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    theirs.add_special_tokens(["<s>"])
+    theirs.add_tokens([tokenizers.AddedToken("ba", lstrip=True, normalized=True)])
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 6)])
+    metaspace = json.loads(theirs.to_str()) | {"normalizer": None}
+    metaspace["pre_tokenizer"] = json.loads(pre_tokenizers.Metaspace().__getstate__())
+    messages = []
+    for i in range(1500):
+        document = copy.deepcopy(metaspace) if i % 3 == 0 else json.loads(theirs.to_str())
+        for _ in range(rng.randint(1, 3)):
+            document = mutate(rng, document)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+        try:
+            ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
+            ids = ours.encode("a <s>ba 한\0", disallowed_special=(), add_special_tokens=True)
+            ours.decode(ids)
+            ours.encode_with_offsets("a ba", disallowed_special=())
+        except TokenizerError as error:
+            messages.append(str(error))
+    assert 200 < len(messages) < 1500
+    assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 1 << 31, 1 << 70])
+def test_ids_outside_the_vocabulary_are_named(bad: int) -> None:
+    ours = SentencePieceTokenizer({"<unk>": 0, "a": 1, "\0": 2}, merges=[], unknown="<unk>")
+    assert ours.decode(ours.encode("a\0")) == "a\0"
+    with pytest.raises(TokenizerError, match=f"id {bad} at position 1"):
+        ours.decode([1, bad])
+    with pytest.raises(TokenizerError, match=f"id {bad} "):
+        ours.decode_stream().push(bad)
+    with pytest.raises(TypeError):
+        ours.decode(["a"])
 
 
 def test_spaces_that_split_are_kept_apart() -> None:
