@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from fastlm.cli.output import JsonFlag, console, print_json, status_console
 from fastlm.errors import DataError, FastlmError, TokenizerError
 
 if TYPE_CHECKING:
+    from fastlm.tokenizer.granularity import Unit
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 SHOWN_UNITS = 2000  # a terminal's memory, and a reader's patience, end about there
@@ -25,7 +25,9 @@ class Granularity(str, Enum):
     """What may be asked for."""
 
     character = "character"
+    code_point = "code-point"
     word = "word"
+    whitespace = "whitespace"
     subword = "subword"
     morpheme = "morpheme"
     sentence = "sentence"
@@ -38,30 +40,37 @@ def command(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="UTF-8 text file to read instead.")] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", "-t", help="tokenizer.json, or a tiktoken name such as cl100k_base."),
+        typer.Option("--tokenizer", "-t", help="Vocabulary file, or a tiktoken name such as cl100k_base."),
     ] = None,
     granularity: Annotated[
-        Granularity, typer.Option("--granularity", "-g", help="Size of the pieces.")
+        Granularity, typer.Option("--by", "--granularity", "-g", help="Size of the pieces.")
     ] = Granularity.subword,
     ids: Annotated[bool, typer.Option("--ids", help="Print the ids of subwords too.")] = False,
+    as_tsv: Annotated[
+        bool, typer.Option("--tsv", help="A line for each piece: size, begin, end, id or part of speech, text.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show how a text is cut into tokens, and into characters, words, morphemes, sentences and paragraphs.
 
-    Example: fastlm tokenize "나는 학교에 갔다." --tokenizer tokenizer.json --granularity all --ids
+    Example: fastlm tokenize "나는 학교에 갔다." --tokenizer tokenizer.json --by all --ids
     """
+    from fastlm.tokenizer.granularity import GRANULARITIES, split
+
+    if as_json and as_tsv:
+        raise typer.BadParameter("give either --json or --tsv, not both")
     content = _read_text(text, file)
-    wanted = [g for g in Granularity if g is not Granularity.all] if granularity is Granularity.all else [granularity]
-    subword_tokenizer = _load_tokenizer(tokenizer) if Granularity.subword in wanted else None
-    pieces: dict[str, _Pieces] = {}
+    wanted = list(GRANULARITIES) if granularity is Granularity.all else [granularity.value]
+    subword_tokenizer = _load_tokenizer(tokenizer) if "subword" in wanted else None
+    pieces: dict[str, list[Unit]] = {}
     unavailable: dict[str, str] = {}
     for one in wanted:
         try:
-            pieces[one.value] = _cut(content, one, subword_tokenizer)
+            pieces[one] = split(content, one, subword_tokenizer)
         except FastlmError as error:
             if granularity is not Granularity.all:
                 raise
-            unavailable[one.value] = str(error)
+            unavailable[one] = str(error)
 
     size = len(content.encode())
     if as_json:
@@ -69,59 +78,56 @@ def command(
             {
                 "bytes": size,
                 "tokenizer": subword_tokenizer and subword_tokenizer.name,
-                "granularities": {name: found.to_json() for name, found in pieces.items()},
+                "granularities": {name: _to_json(units) for name, units in pieces.items()},
                 "unavailable": unavailable,
             }
         )
         return
-    for name, found in pieces.items():
-        _show(name, found, size, ids)
+    for name, units in pieces.items():
+        if as_tsv:
+            _print_tsv(name, units)
+        else:
+            _show(name, units, size, ids)
     for name, reason in unavailable.items():
         status_console.print(f"{name}: {reason}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    units: list[str]
-    ids: list[int] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"count": len(self.units), "distinct": len(set(self.units)), "units": self.units}
-        return result if self.ids is None else result | {"ids": self.ids}
-
-
-def _cut(text: str, granularity: Granularity, tokenizer: Tokenizer | None) -> _Pieces:
-    from fastlm.tokenizer import granularity as functions
-
-    if granularity is Granularity.subword:
-        assert tokenizer is not None
-        return _Pieces(functions.subwords(text, tokenizer), tokenizer.encode(text, allowed_special="all"))
-    function = {
-        Granularity.character: functions.characters,
-        Granularity.word: functions.words,
-        Granularity.morpheme: functions.morphemes,
-        Granularity.sentence: functions.sentences,
-        Granularity.paragraph: functions.paragraphs,
-    }[granularity]
-    return _Pieces(function(text))
+def _to_json(units: list[Unit]) -> dict[str, Any]:
+    texts = [unit.text for unit in units]
+    result: dict[str, Any] = {"count": len(units), "distinct": len(set(texts)), "units": texts}
+    result["offsets"] = [[unit.begin, unit.end] for unit in units]
+    for key in ("id", "tag"):
+        if units and getattr(units[0], key) is not None:
+            result[f"{key}s"] = [getattr(unit, key) for unit in units]
+    return result
 
 
-def _show(name: str, found: _Pieces, size: int, with_ids: bool) -> None:
+def _print_tsv(name: str, units: list[Unit]) -> None:
+    """Tabs, line ends and backslashes of the text are escaped, so that a piece is one line."""
+    escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+    for unit in units:
+        mark = unit.tag if unit.id is None else unit.id
+        print(name, unit.begin, unit.end, "" if mark is None else mark, unit.text.translate(escapes), sep="\t")
+
+
+def _show(name: str, units: list[Unit], size: int, with_ids: bool) -> None:
     """A line of figures, then the units: by colour on a terminal, else between bars."""
     from rich.text import Text
 
-    count = len(found.units)
+    count = len(units)
     each = f", {size / count:.2f} bytes of text each" if count else ""
-    console.print(f"[bold]{name}[/]  {count:,} ({len(set(found.units)):,} distinct{each})", highlight=False)
+    distinct = len({unit.text for unit in units})
+    console.print(f"[bold]{name}[/]  {count:,} ({distinct:,} distinct{each})", highlight=False)
     line = Text()
-    for i, unit in enumerate(found.units[:SHOWN_UNITS]):
+    for i, unit in enumerate(units[:SHOWN_UNITS]):
         if console.is_terminal:
-            line.append(unit.replace("\n", "↵\n"), style=COLOURS[i % len(COLOURS)])
+            line.append(unit.text.replace("\n", "↵\n"), style=COLOURS[i % len(COLOURS)])
         else:
-            line.append(("|" if i else "") + unit.replace("\n", "↵"))
+            line.append(("|" if i else "") + unit.text.replace("\n", "↵"))
     console.print(line, soft_wrap=True)
-    if with_ids and found.ids is not None:
-        console.print(" ".join(map(str, found.ids[:SHOWN_UNITS])), style="dim", highlight=False, soft_wrap=True)
+    if with_ids and units and units[0].id is not None:
+        ids = " ".join(str(unit.id) for unit in units[:SHOWN_UNITS])
+        console.print(ids, style="dim", highlight=False, soft_wrap=True)
     if count > SHOWN_UNITS:
         console.print(f"… and {count - SHOWN_UNITS:,} more; --json prints all", style="dim", highlight=False)
     console.print()
@@ -162,7 +168,7 @@ def _load_tokenizer(name: str | None) -> Tokenizer:
 
     if name is None:
         return _stand_in()
-    if Path(name).exists() or name.endswith(".json"):
+    if Path(name).exists() or name.endswith((".json", ".gguf", ".model")):
         return Tokenizer.from_file(name)
     try:
         return Tokenizer.from_tiktoken(name)

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.added_tokens import AddedToken, Settings
     from fastlm.tokenizer.granularity import (
         GRANULARITIES,
+        Unit,
         characters,
         code_points,
         morphemes,
         paragraphs,
         sentences,
+        split,
         subwords,
         words,
     )
@@ -40,11 +42,13 @@ _MODULE_OF = {
     "TrainingProgress": "trainer",
     "TrainingReport": "trainer",
     "GRANULARITIES": "granularity",
+    "Unit": "granularity",
     "characters": "granularity",
     "code_points": "granularity",
     "morphemes": "granularity",
     "paragraphs": "granularity",
     "sentences": "granularity",
+    "split": "granularity",
     "subwords": "granularity",
     "words": "granularity",
 }
@@ -60,6 +64,7 @@ __all__ = [
     "Tokenizer",
     "TrainingProgress",
     "TrainingReport",
+    "Unit",
     "as_tiktoken",
     "as_transformers",
     "characters",
@@ -67,6 +72,7 @@ __all__ = [
     "morphemes",
     "paragraphs",
     "sentences",
+    "split",
     "subwords",
     "words",
 ]

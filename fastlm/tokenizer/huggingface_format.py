@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,10 @@ from fastlm.errors import TokenizerError
 from fastlm.tokenizer.byte_level import to_chars
 from fastlm.tokenizer.huggingface_reader import Reader, canonical_merges
 from fastlm.tokenizer.huggingface_steps import pre_tokenizer_of, space_steps
-from fastlm.tokenizer.sentencepiece import SentencePieceTokenizer
+from fastlm.tokenizer.sentencepiece import META, SentencePieceTokenizer
 
 if TYPE_CHECKING:
+    from fastlm.tokenizer.added_tokens import AddedToken
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 256 << 20  # the largest published file (262,144 tokens) has 33 MB
@@ -54,16 +56,17 @@ def load_huggingface(path_or_id: str | Path, *, revision: str | None = None) -> 
 def _from_hub(repository: str, name: str, revision: str | None) -> Path | None:
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise TokenizerError(
             f"{repository}: no such path; to look for a model of that name, pip install huggingface_hub"
         ) from None
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except EntryNotFoundError:
-        return None
     except Exception as error:
+        # Offline, what is not in the cache is a LocalEntryNotFoundError, which says nothing about the hub.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise TokenizerError(
             f"{repository}: no such path, and the Hugging Face hub did not give its {name}: {reason}. Offline, pass "
@@ -133,7 +136,7 @@ def to_document(tokenizer: Tokenizer) -> dict[str, Any]:
                 "normalized": token.normalized,
                 "special": token.special,
             }
-            for token in sorted(tokenizer.added_tokens, key=lambda token: token.id)
+            for token in sorted(_added_tokens(tokenizer), key=lambda token: token.id)
         ],
         "normalizer": normalizers[0] if normalizers else None,
         "pre_tokenizer": pre_tokenizer,
@@ -167,7 +170,22 @@ def _sentencepiece_model(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 def _added_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """In the vocabulary too, since `tokenizers` gives other added tokens ids of its own."""
-    return {token.content: token.id for token in tokenizer.added_tokens}
+    return {token.content: token.id for token in _added_tokens(tokenizer)}
+
+
+def _added_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
+    """Those with spaces (Gemma's as GGUF) as the pieces that they are, found once spaces have become "▁"."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return list(tokenizer.added_tokens)
+    written = []
+    for token in tokenizer.added_tokens:
+        piece = token.content.replace(" ", META)
+        if piece != token.content and tokenizer.pieces.get(piece) == token.id:
+            if tokenizer.spaces.prefix != "never":
+                raise TokenizerError(f"the added token {token.content!r:.60} cannot be written beside a space in front")
+            token = replace(token, content=piece, normalized=True)
+        written.append(token)
+    return written
 
 
 def _bpe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:

@@ -158,14 +158,16 @@ class Reader:
             self.fail("post_processor TemplateProcessing has no single template or no special_tokens")
         sides: list[list[int]] = [[]]
         for part in single:
-            if isinstance(part, dict) and list(part) == ["Sequence"] and part["Sequence"].get("id") == "A":
+            kind, inner = next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
+            name = inner.get("id") if isinstance(inner, dict) else None
+            if kind == "Sequence" and name == "A":
                 sides.append([])
                 continue
-            name = part["SpecialToken"].get("id") if isinstance(part, dict) and list(part) == ["SpecialToken"] else None
-            ids = tokens[name].get("ids") if isinstance(name, str) and isinstance(tokens.get(name), dict) else None
+            token = tokens.get(name) if kind == "SpecialToken" and isinstance(name, str) else None
+            ids = token.get("ids") if isinstance(token, dict) else None
             if not isinstance(ids, list):
                 self.fail(f"post_processor TemplateProcessing has the part {part!r:.60}, which is not understood")
-            sides[-1] += [self.check_id(i, str(name)) for i in ids]
+            sides[-1] += [self.check_id(i, name) for i in ids]
         if len(sides) != 2:
             self.refuse(f"post_processor TemplateProcessing with {len(sides) - 1} texts in its single template")
         return tuple(sides[0]), tuple(sides[1])

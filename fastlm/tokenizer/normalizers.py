@@ -7,6 +7,7 @@ they differ from theirs only on characters newer than either's Unicode.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ import regex
 
 from fastlm.errors import TokenizerError
 from fastlm.tokenizer.portable_regex import to_regex
+from fastlm.tokenizer.unicode_text import is_unicode
 
 Form: TypeAlias = Literal["NFC", "NFD", "NFKC", "NFKD"]
 
@@ -170,6 +172,8 @@ def _flatten(definition: Any) -> list[dict[str, Any]]:
 
 def _step(definition: dict[str, Any]) -> _Step:
     kind = definition.get("type")
+    if not is_unicode(json.dumps(definition, ensure_ascii=False)):
+        raise TokenizerError(f"normalizer {kind!r:.40} holds surrogates, which no text does")
     for form in get_args(Form):
         if kind == form:
             return _UnicodeForm(form)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from fastlm._core import native
 from fastlm.errors import TokenizerError
 from fastlm.tokenizer.added_tokens import Section, Settings
+from fastlm.tokenizer.merge_order import in_order
 from fastlm.tokenizer.special_policy import MAX_ID
 from fastlm.tokenizer.streaming import DecodeStream
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -95,6 +96,10 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes_of = {i: piece.replace(META, " ").encode() for piece, i in self.pieces.items()}
         self._bytes_of |= {t.id: self.settings.found_as(t).replace(META, " ").encode() for t in self.added_tokens}
         self._bytes_of |= {i: bytes([byte]) for byte, i in enumerate(self._byte_ids) if i is not None}
+        self._finds_spaces = any(
+            " " in token.content and self.pieces.get(token.content.replace(" ", META)) == token.id
+            for token in self.added_tokens
+        ) and not any(META in token.content for token in self.added_tokens)
         self._native = self._build()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,15 +121,10 @@ class SentencePieceTokenizer(Tokenizer):
         """The merges that can happen, first first: for each piece the one that makes it last.
 
         Raises:
-            TokenizerError: two pieces have one score, so that no order of merges says the same.
+            TokenizerError: pieces have the same score, and no order of merges says the same.
         """
-        merges = self._native.merges()
-        if len({priority for _, _, priority in merges}) < len(merges):
-            raise TokenizerError(f"{self.name}: two pieces have the same score, which a list of merges cannot say")
-        return [
-            (self._piece_of[left], self._piece_of[right])
-            for left, right, _ in sorted(merges, key=lambda merge: merge[2])
-        ]
+        merges = [(self._piece_of[left], self._piece_of[right], rank) for left, right, rank in self._native.merges()]
+        return in_order(merges)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of `ids`: what was encoded, save that "▁" has become a space and unknown characters `<unk>`.
@@ -179,6 +179,17 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except (ValueError, TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(f"{self.name}: this vocabulary cannot be used: {error}") from None
+
+    def _parts(self, text: str, finder: Any, refused: Any) -> list[str | int]:
+        return super()._parts(self._with_plain_spaces(text), finder, refused)
+
+    def encode_with_offsets(self, text: str, **policy: Any) -> tuple[list[int], list[int]]:
+        """Ids, and for each the index in `text` of the character that it begins at. See `Tokenizer`."""
+        return super().encode_with_offsets(self._with_plain_spaces(text), **policy)
+
+    def _with_plain_spaces(self, text: str) -> str:
+        """SentencePiece finds pieces of spaces in a text whose spaces are "▁" by then, be they written so or not."""
+        return text.replace(META, " ") if self._finds_spaces else text
 
     def _encode_parts(self, parts: list[str | int]) -> list[int]:
         return self._native.encode(self._with_prefix(parts))

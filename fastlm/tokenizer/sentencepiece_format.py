@@ -14,7 +14,7 @@ from typing import NoReturn
 from fastlm.errors import TokenizerError
 from fastlm.tokenizer.added_tokens import AddedToken, Settings
 from fastlm.tokenizer.huggingface_reader import MAX_ID
-from fastlm.tokenizer.sentencepiece import META, SentencePieceTokenizer, SpaceRules
+from fastlm.tokenizer.sentencepiece import META, Prefix, SentencePieceTokenizer, SpaceRules
 
 MAX_FILE_BYTES = 64 << 20  # the largest published model (Gemma 3) has 4.7 MB
 
@@ -77,6 +77,8 @@ def load_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
     has_prefix = bool(normalizer.get(3, 1))
     if has_prefix and any(META in text for text in of_kind[_USER_DEFINED]):
         fail("user-defined pieces with a space, and a space in front of the text, are not supported together")
+    # Control tokens are never in a text for SentencePiece, so that every text between them is one of its own.
+    prefix: Prefix = "never" if not has_prefix else "first" if of_kind[_USER_DEFINED] else "always"
     names = {i: text for found in of_kind.values() for text, i in found.items()}
 
     def token(field: int, default: int) -> str | None:
@@ -90,7 +92,7 @@ def load_sentencepiece(path: str | Path) -> SentencePieceTokenizer:
         scores={text: pieces[i][1] for text, i in mergeable.items()},
         unknown=next(iter(of_kind[_UNKNOWN]), None),
         fuse_unknown=True,
-        spaces=SpaceRules(prefix="first" if has_prefix else "never", strip=has_prefix),
+        spaces=SpaceRules(prefix=prefix, strip=has_prefix),
         special_tokens=of_kind[_CONTROL] | of_kind[_UNKNOWN],
         name=path.name,
         settings=Settings(

@@ -88,6 +88,10 @@ ENCODINGS = {
     "gpt2": Encoding(*_R50K, {"<|endoftext|>": 50256}),
     "r50k_base": Encoding(*_R50K, {"<|endoftext|>": 50256}),
     "p50k_base": Encoding(*_P50K, {"<|endoftext|>": 50256}),
+    "p50k_edit": Encoding(
+        *_P50K,
+        {"<|endoftext|>": 50256, "<|fim_prefix|>": 50281, "<|fim_middle|>": 50282, "<|fim_suffix|>": 50283},
+    ),
     "cl100k_base": Encoding(*_CL100K, _CL100K_SPECIAL),
     "o200k_base": Encoding(*_O200K, _O200K_SPECIAL),
     "o200k_harmony": Encoding(*_O200K, _HARMONY_SPECIAL),

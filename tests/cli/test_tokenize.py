@@ -46,6 +46,32 @@ def test_all_granularities_of_korean(
     assert "나는 학교에 갔다.|너도 학교에 갔니?" in out
 
 
+def test_tsv_has_a_line_for_each_piece(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer_file: Path
+) -> None:
+    assert fastlm(monkeypatch, "tokenize", "나는\t갔다.\n", "--by", "morpheme", "--tsv") == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["morpheme", "0", "1", "NP", "나"]
+    assert fastlm(monkeypatch, "tokenize", "a\t\\n\n", "--by", "code-point", "--tsv") == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[4] for line in lines] == ["a", "\\t", "\\\\", "n", "\\n"]
+    assert fastlm(monkeypatch, "tokenize", KOREAN, "-t", tokenizer_file, "--tsv") == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    expected = tokenizers.Tokenizer.from_file(str(tokenizer_file)).encode(KOREAN)
+    assert [int(line[3]) for line in lines] == expected.ids
+    assert fastlm(monkeypatch, "tokenize", "a", "--tsv", "--json") == 2
+
+
+def test_json_has_places_and_parts_of_speech(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fastlm(monkeypatch, "tokenize", KOREAN, "--by", "morpheme", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["granularities"]["morpheme"]
+    assert found["offsets"][:3] == [[0, 1], [1, 2], [3, 5]]
+    assert found["tags"][:3] == ["NP", "JX", "NNG"]
+    assert "ids" not in found
+
+
 def test_morphemes_of_english_are_left_out_of_all_and_refused_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer_file: Path
 ) -> None:

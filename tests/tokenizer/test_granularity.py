@@ -3,18 +3,22 @@ from __future__ import annotations
 import builtins
 import random
 import unicodedata
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from fastlm.errors import DataError, FastlmError
-from fastlm.tokenizer import granularity
+from fastlm.tokenizer import Tokenizer, granularity
 from fastlm.tokenizer.granularity import (
+    GRANULARITIES,
+    OTHER_GRANULARITIES,
     characters,
     code_points,
     morphemes,
     paragraphs,
     sentences,
+    split,
     words,
 )
 
@@ -106,3 +110,50 @@ def test_many_abbreviations_and_long_runs_take_linear_time() -> None:
     assert len(sentences("A b. " * 20_000)) == 20_000
     assert len(words("." * 200_000)) == 200_000
     assert len(paragraphs("\n \n" * 50_000)) == 0
+
+
+MIXED = "나는 학교에 갔다.  Dr. Kim came. 너도?\r\n\r\n둘째 문단 👩‍👩‍👧 e\u0301!\n끝 "
+
+
+@pytest.mark.parametrize("by", [*GRANULARITIES, *OTHER_GRANULARITIES])
+def test_units_say_where_in_the_text_they_are(by: str) -> None:
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)} | {"나는".encode(): 256}, pattern="gpt2")
+    units = split(MIXED, by, tokenizer)
+    assert units
+    assert [unit.begin for unit in units] == sorted(unit.begin for unit in units)
+    for unit in units:
+        assert 0 <= unit.begin < unit.end <= len(MIXED)
+        if by not in ("morpheme", "subword"):
+            assert MIXED[unit.begin : unit.end] == unit.text
+    if by == "morpheme":
+        assert [(u.text, MIXED[u.begin : u.end], u.tag) for u in units[:3]] == [
+            ("나", "나", "NP"),
+            ("는", "는", "JX"),
+            ("학교", "학교", "NNG"),
+        ]
+    if by == "subword":
+        assert [unit.id for unit in units] == tokenizer.encode(MIXED)
+        assert [MIXED[u.begin : u.end] for u in units if u.id == 256] == ["나는"]
+
+
+def test_units_of_random_text_are_parts_of_it() -> None:
+    rng = random.Random(2)
+    for _ in range(300):
+        text = "".join(
+            rng.choices([*"ab. \n\r\t?!\"'", "\n\n", "Mr. ", " A", "\u3000", "漢", FAMILY], k=rng.randrange(30))
+        )
+        for by in ("character", "code-point", "word", "whitespace", "sentence", "paragraph"):
+            units = split(text, by)
+            assert all(text[unit.begin : unit.end] == unit.text for unit in units)
+            assert all(a.end <= b.begin for a, b in pairwise(units))
+
+
+def test_whitespace_words_keep_their_punctuation() -> None:
+    assert [unit.text for unit in split("Don't stop, 갔다.\u3000끝", "whitespace")] == ["Don't", "stop,", "갔다.", "끝"]
+
+
+def test_unknown_sizes_and_missing_tokenizers_are_refused() -> None:
+    with pytest.raises(DataError, match="no units named 'syllable'; there are character, "):
+        split("a", "syllable")
+    with pytest.raises(DataError, match="pass one"):
+        split("a", "subword")

@@ -185,6 +185,7 @@ UNIGRAM = json.loads(models.Unigram([("a", 0.0)]).__getstate__())
     ("change", "message"),
     [
         (put("normalizer", NMT), "normalizer 'Nmt' is not supported"),
+        (put("normalizer", {"type": "Prepend", "prepend": "\ud800"}), "normalizer 'Prepend' holds surrogates"),
         (put("normalizer", "NFC"), "normalizer 'NFC' is not an object"),
         (put("normalizer", {"type": "Prepend"}), "normalizer 'Prepend' is not well-formed"),
         (put("truncation", {"max_length": 4}), "truncation .* is not supported"),
@@ -311,6 +312,41 @@ def test_mutated_files_load_or_raise_tokenizer_error(tmp_path: Path, document: d
             message = str(refusal)
             assert "\n" not in message, repr(message)
     assert 100 < refused < 700
+
+
+def test_a_model_of_the_hub_is_fetched_by_its_id(
+    tmp_path: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name, revision))
+        if name != "tokenizer.json":
+            raise huggingface_hub.errors.EntryNotFoundError("404")
+        (tmp_path / name).write_text(json.dumps(document), "utf-8")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert Tokenizer.from_huggingface("owner/model", revision="main").encode("low") == load(tmp_path, document).encode(
+        "low"
+    )
+    assert asked[0] == ("owner/model", "tokenizer.json", "main")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: download("", "config.json", None))
+    with pytest.raises(TokenizerError, match="this model has no tokenizer"):
+        Tokenizer.from_huggingface("owner/model")
+
+
+def test_offline_an_id_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        TokenizerError, match=r"owner/no-such-model: no such path, and .*Offline, pass the path"
+    ) as caught:
+        Tokenizer.from_huggingface("owner/no-such-model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TokenizerError, match="No such file"):
+        Tokenizer.from_huggingface("./owner/model")
 
 
 def test_a_pattern_without_a_form_in_the_format_is_refused_and_writes_nothing(

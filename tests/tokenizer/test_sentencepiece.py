@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from itertools import pairwise
@@ -13,9 +14,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastlm.errors import TokenizerError
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer import AddedToken, Settings, Tokenizer
 from fastlm.tokenizer.sentencepiece import BYTE_TOKENS, SentencePieceTokenizer, SpaceRules
 from tests.tokenizer.hugging_face import random_text
+from tests.tokenizer.test_huggingface_format import mutate
 
 DECODER = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 
@@ -228,6 +230,46 @@ def test_files_that_ask_for_more_are_refused_by_name(tmp_path: Path, change: dic
         Tokenizer.from_huggingface(tmp_path / "tokenizer.json")
 
 
+def test_mutated_files_load_or_raise_tokenizer_error(tmp_path: Path, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    theirs = hugging_face({"<unk>": 0, "a": 1, "b": 2, "aa": 3, "▁": 4, "▁a": 5}, [("a", "a"), ("▁", "a")])
+    theirs.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    theirs.add_special_tokens(["<s>"])
+    theirs.add_tokens([tokenizers.AddedToken("ba", lstrip=True, normalized=True)])
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 6)])
+    metaspace = json.loads(theirs.to_str()) | {"normalizer": None}
+    metaspace["pre_tokenizer"] = json.loads(pre_tokenizers.Metaspace().__getstate__())
+    messages = []
+    for i in range(1500):
+        document = copy.deepcopy(metaspace) if i % 3 == 0 else json.loads(theirs.to_str())
+        for _ in range(rng.randint(1, 3)):
+            document = mutate(rng, document)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+        try:
+            ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
+            ids = ours.encode("a <s>ba 한\0", disallowed_special=(), add_special_tokens=True)
+            ours.decode(ids)
+            ours.encode_with_offsets("a ba", disallowed_special=())
+        except TokenizerError as error:
+            messages.append(str(error))
+    assert 200 < len(messages) < 1500
+    assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 1 << 31, 1 << 70])
+def test_ids_outside_the_vocabulary_are_named(bad: int) -> None:
+    ours = SentencePieceTokenizer({"<unk>": 0, "a": 1, "\0": 2}, merges=[], unknown="<unk>")
+    assert ours.decode(ours.encode("a\0")) == "a\0"
+    with pytest.raises(TokenizerError, match=f"id {bad} at position 1"):
+        ours.decode([1, bad])
+    with pytest.raises(TokenizerError, match=f"id {bad} "):
+        ours.decode_stream().push(bad)
+    with pytest.raises(TypeError):
+        ours.decode(["a"])
+
+
 def test_spaces_that_split_are_kept_apart() -> None:
     pieces = {"<unk>": 0, "▁": 1, "a": 2, "a▁": 3, "▁▁": 4}
     merges = [("▁", "▁"), ("a", "▁")]
@@ -246,3 +288,55 @@ def test_random_unicode_round_trips(fresh_seed: int) -> None:
     for _ in range(500):
         text = random_text(rng, rng.randrange(60)).replace("▁", "")
         assert ours.decode(ours.encode(text), errors="strict") == text
+
+
+def run_pieces(longest: dict[str, list[int]]) -> tuple[dict[str, int], dict[str, float]]:
+    """Runs of characters up to some lengths, all of one low score, as Llama 2 and Gemma have them."""
+    runs = [char * n for char, lengths in longest.items() for n in lengths]
+    words = ["a", "b", "ab", "▁a", "▁ab"]
+    pieces = {piece: i for i, piece in enumerate(["<unk>", *BYTE_TOKENS, *longest, *words, *runs])}
+    scores = dict.fromkeys([*longest, *runs], -1000.0) | {piece: -float(i) for i, piece in enumerate(words)}
+    return pieces, scores
+
+
+@pytest.mark.parametrize("lengths", [[2, 3, 4, 5, 6], [2, 4, 8], [2, 3, 4, 6, 7, 9], [2]])
+def test_runs_of_one_score_are_saved_as_merges_that_do_the_same(
+    lengths: list[int], tmp_path: Path, fresh_seed: int
+) -> None:
+    rng = random.Random(fresh_seed)
+    pieces, scores = run_pieces({"▁": lengths, "\n": lengths[:2]})
+    ours = SentencePieceTokenizer(pieces, scores=scores, unknown="<unk>")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for _ in range(400):
+        text = "".join(rng.choices([" ", "  ", "\n", "a", "b"], k=rng.randrange(25)))
+        assert theirs.encode(text).ids == ours.encode(text), repr(text)
+
+
+def test_pieces_of_one_score_that_meet_cannot_be_saved(tmp_path: Path) -> None:
+    pieces = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    ours = SentencePieceTokenizer(pieces, scores=dict.fromkeys(["a", "b", "c", "ab", "bc"], 0.0), unknown="<unk>")
+    assert ours.encode("abc") == [4, 3]
+    with pytest.raises(TokenizerError, match="have the same score and meet in text"):
+        ours.save(tmp_path / "tokenizer.json")
+
+
+def test_user_defined_spaces_are_found_before_merging_and_saved(tmp_path: Path, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    pieces, scores = run_pieces({"▁": [2, 3]})
+    user_defined = (AddedToken("  ", pieces["▁▁"], special=False), AddedToken("   ", pieces["▁▁▁"], special=False))
+    ours = SentencePieceTokenizer(
+        pieces, scores=scores, unknown="<unk>", settings=Settings(added_tokens=user_defined), name="gemma"
+    )
+    assert ours.encode("  a") == [pieces["▁▁"], pieces["a"]]  # merging would give "▁", "▁a"
+    assert ours.encode(" ▁  a", disallowed_special=()) == ours.encode("    a")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs = tokenizers.Tokenizer.from_str(theirs.to_str())
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    for _ in range(300):
+        text = "".join(rng.choices([" ", "  ", "▁", "a", "b", "\n"], k=rng.randrange(20)))
+        ids, offsets = ours.encode_with_offsets(text)
+        assert ids == ours.encode(text) == theirs.encode(text).ids == again.encode(text), repr(text)
+        assert ours.decode(ids) == text.replace("▁", " ")
+        assert offsets == sorted(offsets)

