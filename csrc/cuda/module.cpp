@@ -1,11 +1,13 @@
 // Python bindings of the CUDA core. Takes raw device pointers and a stream handle; linked to no torch.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/philox.hpp"
 #include "cuda/sampling.hpp"
 
 namespace {
@@ -26,18 +28,29 @@ fastlm::cuda::DType dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype must be float32, bfloat16 or float16, not " + name);
 }
 
+template <class T>
+T* optional(Address address, const char* name) {
+    return address ? pointer<T>(address, name) : nullptr;
+}
+
 void sample(const std::string& dtype, Address logits, int64_t rows, int64_t vocab_size, int64_t stride,
-            Address temperature, Address seed, Address position, Address ids, Address valid, Address logprobs,
-            Address processed_logprobs, Address stream) {
-    if (rows < 0 || rows > std::numeric_limits<int32_t>::max() || vocab_size <= 0 || stride < 0) {
-        throw std::invalid_argument("logits must be (rows, vocab_size) with vocab_size > 0 and fewer than 2^31 rows");
+            Address temperature, Address top_k, Address top_p, Address min_p, bool min_p_first, Address seed,
+            Address position, Address ids, Address valid, Address logprobs, Address processed_logprobs,
+            Address stream) {
+    if (rows < 0 || rows > std::numeric_limits<int32_t>::max() || vocab_size <= 0 || vocab_size > (1 << 30) ||
+        stride < 0) {
+        throw std::invalid_argument("logits must be (rows, vocab_size) with 0 < vocab_size <= 2^30 and rows < 2^31");
     }
     const auto type = dtype_of(dtype);
     if (rows == 0) return;
     fastlm::cuda::Sampling call{};
-    call.logits = pointer<const uint16_t>(logits, "logits");
-    call.rows = rows, call.vocab_size = vocab_size, call.stride = stride;
+    call.logits = type == fastlm::cuda::DType::float32 ? static_cast<const void*>(pointer<const float>(logits, "logits"))
+                                                       : pointer<const uint16_t>(logits, "logits");
+    call.rows = rows, call.stride = stride, call.vocab_size = static_cast<int32_t>(vocab_size);
     call.temperature = pointer<const float>(temperature, "temperature");
+    call.top_k = optional<const int64_t>(top_k, "top_k");
+    call.top_p = optional<const float>(top_p, "top_p"), call.min_p = optional<const float>(min_p, "min_p");
+    call.min_p_first = min_p_first;
     call.seed = pointer<const int64_t>(seed, "seed"), call.position = pointer<const int64_t>(position, "position");
     call.ids = pointer<int64_t>(ids, "ids"), call.valid = pointer<bool>(valid, "valid");
     if (logprobs) {
@@ -45,7 +58,11 @@ void sample(const std::string& dtype, Address logits, int64_t rows, int64_t voca
         call.processed_logprobs = pointer<float>(processed_logprobs, "processed_logprobs");
     }
     const cudaError_t status = fastlm::cuda::sample(call, type, reinterpret_cast<cudaStream_t>(stream));
-    if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+    if (status != cudaSuccess) {
+        const pybind11::object error = pybind11::module_::import("fastlm.errors").attr("BackendError");
+        pybind11::set_error(error, (std::string("CUDA: ") + cudaGetErrorString(status)).c_str());
+        throw pybind11::error_already_set();
+    }
 }
 
 }  // namespace
@@ -53,5 +70,9 @@ void sample(const std::string& dtype, Address logits, int64_t rows, int64_t voca
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "fastlm's CUDA core.";
     m.attr("runtime_version") = CUDART_VERSION;
-    m.def("sample", &sample, "Draws one token of each row of logits, by temperature alone.");
+    m.attr("archs") = pybind11::cast(fastlm::cuda::built_archs());
+    m.def("sample", &sample, "Draws one token of each row of logits: temperature, top-k, top-p, min-p.");
+    m.def("uniform", [](int64_t seed, int64_t position) {
+        return fastlm::cuda::uniform(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
+    }, "The number in [0, 1) that `sample` draws by.");
 }

@@ -4,14 +4,19 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace fastlm::cuda {
 
-// Device pointers. The element type is the launcher's template argument; logprobs are both null or neither.
+// Device pointers, a value a row. Filters may be null; logprobs are both null or neither.
 struct Sampling {
     const void* logits;  // (rows, vocab_size), rows `stride` elements apart
-    int64_t rows, vocab_size, stride;
+    int64_t rows, stride;
+    int32_t vocab_size;
     const float* temperature;
+    const int64_t* top_k;
+    const float *top_p, *min_p;
+    bool min_p_first;
     const int64_t *seed, *position;
     int64_t* ids;
     bool* valid;
@@ -22,5 +27,8 @@ enum class DType { float32, bfloat16, float16 };
 
 // Queues the kernel on `stream` and returns without waiting for it.
 cudaError_t sample(const Sampling& call, DType dtype, cudaStream_t stream);
+
+// The chips whose code is in this build: 80 for sm_80.
+std::vector<int> built_archs();
 
 }  // namespace fastlm::cuda

@@ -1,4 +1,4 @@
-"""On the CUDA core: `csrc/cuda/sampling.cu`, temperature and draw without filters, in one launch."""
+"""On the CUDA core: `csrc/cuda/sampling.cu`, everything but penalties and the most probable tokens, in one launch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from torch import Tensor
 from fastlm._core import cuda
 
 
-def supports(logits: Tensor, *, return_logprobs: bool, num_logprobs: int, **settings: object) -> str | None:
-    lacking = [name for name in ("top_k", "top_p", "min_p") if settings.get(name) is not None]
-    lacking += [name for name, value in settings.items() if name.endswith("_penalty") and value is not None]
+def supports(logits: Tensor, *, num_logprobs: int, **settings: object) -> str | None:
+    lacking = [name for name, value in settings.items() if name.endswith("_penalty") and value is not None]
     if num_logprobs:
         lacking.append("num_logprobs")
-    return f"has no {', '.join(lacking)}" if lacking else None
+    if lacking:
+        return f"has no {', '.join(lacking)}"
+    if logits.shape[1] > 2**30:
+        return f"supports vocabularies up to 2^30, not {logits.shape[1]}"
+    return _not_built_for(logits.device) if logits.is_cuda else None
+
+
+def _not_built_for(device: torch.device) -> str | None:
+    """A build holds machine code alone, which runs on later chips of the same major number."""
+    major, minor = torch.cuda.get_device_capability(device)
+    archs = cuda().archs
+    if any(arch // 10 == major and arch % 10 <= minor for arch in archs):
+        return None
+    built, here = " ".join(f"sm_{arch}" for arch in archs), 10 * major + minor
+    return f"was built for {built}, not for sm_{here} (install with FASTLM_CUDA=1 FASTLM_CUDA_ARCHS={here})"
 
 
 def sample(
@@ -38,7 +51,8 @@ def sample(
     valid = torch.empty(batch, dtype=torch.bool, device=logits.device)
     logprobs = torch.empty(batch if return_logprobs else 0, dtype=torch.float32, device=logits.device)
     processed = torch.empty_like(logprobs)
-    temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
+    settings = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p)]
+    seed, position = seed.contiguous(), position.contiguous()
     with torch.cuda.device(logits.device):
         cuda().sample(
             str(logits.dtype).removeprefix("torch."),
@@ -46,7 +60,8 @@ def sample(
             batch,
             vocab_size,
             logits.stride(0),
-            temperature.data_ptr(),
+            *(0 if s is None else s.data_ptr() for s in settings),
+            min_p_first,
             seed.data_ptr(),
             position.data_ptr(),
             ids.data_ptr(),
