@@ -9,6 +9,7 @@ from fastlm.benchmarks.harness import Case
 
 from fastlm.inference import SamplingParams, generate
 from fastlm.model import ModelConfig, Transformer
+from fastlm.model.huggingface_config import config_to_huggingface
 from fastlm.tokenizer import Tokenizer
 
 NEW_TOKENS = 64
@@ -40,7 +41,7 @@ def cases(device: str) -> Iterable[Case]:
 
 
 def hugging_face_model(transformers, config: ModelConfig, model: Transformer) -> torch.nn.Module:  # type: ignore[no-untyped-def]
-    values = config.to_huggingface()
+    values = config_to_huggingface(config)
     values.pop("architectures")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)

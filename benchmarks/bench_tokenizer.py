@@ -85,7 +85,7 @@ def _peers(ours: Tokenizer) -> dict[str, tuple[Encode, EncodeBatch]]:
 
     theirs = tiktoken.Encoding(
         "bench",
-        pat_str=REGEXES[ours.pattern],
+        pat_str=REGEXES[str(ours.pattern)],
         mergeable_ranks=ours.mergeable_ranks,
         special_tokens=ours.special_tokens,
     )

@@ -29,7 +29,7 @@ class PlainTransformer(nn.Module):
         c = self.config
         decoder: Any = self.ours.model
         batch, seq = input_ids.shape
-        cos, sin = decoder.cos[:seq, None].repeat(1, 1, 2), decoder.sin[:seq, None].repeat(1, 1, 2)
+        cos, sin = (t[:seq, None].repeat(1, 1, 2) for t in decoder.rotary.tables(0, seq, input_ids.device))
         hidden = F.embedding(input_ids, decoder.embed_tokens.weight)
         for block in decoder.layers:
             attn, mlp = block.self_attn, block.mlp

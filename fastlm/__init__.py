@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fastlm._version import __version__
 
 _HOME = {
+    "LLM": "fastlm.inference",
     "BpeTrainer": "fastlm.tokenizer",
+    "SamplingParams": "fastlm.inference",
     "Tokenizer": "fastlm.tokenizer",
     "explain": "fastlm.ops",
 }
@@ -19,11 +21,14 @@ _MODULES = ("errors", "inference", "model", "nn", "ops", "tokenizer", "training"
 
 if TYPE_CHECKING:
     from fastlm import errors, inference, model, nn, ops, tokenizer, training
+    from fastlm.inference import LLM, SamplingParams
     from fastlm.ops import explain
     from fastlm.tokenizer import BpeTrainer, Tokenizer
 
 __all__ = [
+    "LLM",
     "BpeTrainer",
+    "SamplingParams",
     "Tokenizer",
     "__version__",
     "errors",

@@ -29,5 +29,13 @@ class ConfigError(FastlmError, ValueError):
     """An option or combination of options makes no sense."""
 
 
+class CapacityError(FastlmError, ValueError):
+    """A request is larger than what can ever be served."""
+
+
+class InferenceError(FastlmError, RuntimeError):
+    """A model gave nothing that can be used: its outputs are not finite."""
+
+
 class TrainingError(FastlmError, RuntimeError):
     """Training cannot go on: the loss or the gradients stay not finite."""

@@ -21,7 +21,7 @@ T* optional_pointer(Address address, const char* name) {
 template <class T>
 void sample(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, Address temperature, Address top_k,
             Address top_p, Address min_p, Address repetition_penalty, Address presence_penalty,
-            Address frequency_penalty, Address prompt_ids, int64_t prompt_length, Address output_ids,
+            Address frequency_penalty, Address prompt_ids, Address output_ids, int64_t prompt_length,
             int64_t output_length, Address seed, Address position, bool min_p_first, Address ids, Address valid,
             Address logprobs, Address processed_logprobs, Address top_ids, Address top_logprobs, int64_t num_logprobs,
             int num_threads) {

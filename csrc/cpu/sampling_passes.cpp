@@ -16,17 +16,25 @@ FASTLM_INLINE Floats weight(const Floats& x, const Floats& scaled, float lowest)
     return exp(x >= lowest ? scaled : broadcast(2 * kNothing));
 }
 
-FASTLM_INLINE void measure(const float* block, float* lane_maxima, float* block_maximum) {
+// The maxima of a block's lanes, of logits below `below`; others, NaN among them, count as `otherwise`.
+FASTLM_INLINE Floats lane_maxima(const float* block, float below, float otherwise) {
     Floats max0 = broadcast(-kInfinity), max1 = max0;
     for (int64_t i = 0; i < kBlock; i += 2 * kLanes) {
         const Floats x0 = load(block + i), x1 = load(block + i + kLanes);
-        // A comparison with NaN is false, so NaN counts as +inf.
-        max0 = maximum(max0, x0 < kInfinity ? x0 : broadcast(kInfinity));
-        max1 = maximum(max1, x1 < kInfinity ? x1 : broadcast(kInfinity));
+        max0 = maximum(max0, x0 < below ? x0 : broadcast(otherwise));
+        max1 = maximum(max1, x1 < below ? x1 : broadcast(otherwise));
     }
-    const Floats max = maximum(max0, max1);
-    store(lane_maxima, max);
-    *block_maximum = maximum(max);
+    return maximum(max0, max1);
+}
+
+// Sums pairs in fp64, then pairs of the sums, and so on.
+FASTLM_INLINE double sum_exactly(const Floats& v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    double half[kLanes / 2];
+    for (int i = 0; i < 8; ++i) half[i] = static_cast<double>(lanes[i]) + static_cast<double>(lanes[i + 8]);
+    for (int i = 0; i < 4; ++i) half[i] += half[i + 4];
+    return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
 template <class T>
@@ -50,7 +58,9 @@ struct Read {
                     store(to + i, n == kLanes ? load(from + i) : load_first(from + i, n, -kInfinity));
                 }
             }
-            measure(row.blocks[b], &row.lane_maxima[b * kLanes], &row.block_maxima[b]);
+            const Floats max = lane_maxima(row.blocks[b], kInfinity, kInfinity);
+            store(&row.lane_maxima[b * kLanes], max);
+            row.block_maxima[b] = maximum(max);
         }
     }
 };
@@ -76,11 +86,7 @@ struct Weigh {
                 sum0 += weight(x0, (x0 - max) / temperature, lowest);
                 sum1 += weight(x1, (x1 - max) / temperature, lowest);
             }
-            float lanes[kLanes];
-            store(lanes, sum0 + sum1);
-            double total = 0.0;
-            for (float lane : lanes) total += lane;
-            call.sums[b] = total;
+            call.sums[b] = sum_exactly(sum0 + sum1);
         }
     }
 };
@@ -116,15 +122,53 @@ struct Bin {
         for (int64_t b = begin; b < end; ++b) {
             if (call.row.block_maxima[b] < lowest) continue;
             const float* block = call.row.blocks[b];
+            float weights[kBlock];
+            int32_t bins[kBlock];
             for (int64_t i = 0; i < kBlock; i += kLanes) {
                 const Floats x = load(block + i), scaled = (x - max) / temperature;
                 const Floats at = scaled * -bins_per_unit, last = broadcast(kBins - 1);
-                float weights[kLanes];
-                int32_t bins[kLanes];
-                store(weights, weight(x, scaled, lowest));
+                store(weights + i, weight(x, scaled, lowest));
                 const Ints bin = __builtin_convertvector(at < last ? at : last, Ints);
-                std::memcpy(bins, &bin, sizeof bins);
-                for (int64_t lane = 0; lane < kLanes; ++lane) sums[(lane & 3) * kBins + bins[lane]] += weights[lane];
+                std::memcpy(bins + i, &bin, sizeof bin);
+            }
+            for (int64_t i = 0; i < kBlock; i += 4) {
+                for (int64_t j = 0; j < 4; ++j) sums[j * kBins + bins[i + j]] += weights[i + j];
+            }
+        }
+    }
+};
+
+struct Collecting {
+    const Row& row;
+    float lowest, below;
+    int64_t limit;
+    std::vector<int32_t>& ids;
+    bool* complete;
+};
+
+struct Collect {
+    static FASTLM_INLINE void run(const Collecting& call, int64_t begin, int64_t end) {
+        const float lowest = call.lowest, below = call.below;
+        for (int64_t b = begin; b < end; ++b) {
+            if (call.row.block_maxima[b] < lowest) continue;
+            const float* block = call.row.blocks[b];
+            float maxima[kLanes];
+            store(maxima, below < kInfinity ? lane_maxima(block, below, -kInfinity)
+                                            : load(&call.row.lane_maxima[b * kLanes]));
+            const int64_t size = std::min(kBlock, call.row.vocab_size - b * kBlock);
+            int32_t found[kBlock + 1];
+            int64_t n = 0;
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                if (maxima[lane] < lowest) continue;
+                for (int64_t i = lane; i < size; i += kLanes) {
+                    found[n] = static_cast<int32_t>(b * kBlock + i);
+                    n += (block[i] >= lowest) & (block[i] < below);
+                }
+            }
+            call.ids.insert(call.ids.end(), found, found + n);
+            if (static_cast<int64_t>(call.ids.size()) > call.limit) {
+                *call.complete = false;
+                return;
             }
         }
     }
@@ -183,24 +227,10 @@ void add_weights(const Row& row, const Scale& scale, float lowest, Histogram& hi
 }
 
 bool collect(const Row& row, float lowest, float below, int64_t limit, std::vector<int32_t>& ids) {
+    bool complete = true;
     ids.clear();
-    for (int64_t b = 0; b < row.block_count(); ++b) {
-        if (row.block_maxima[b] < lowest) continue;
-        const float *block = row.blocks[b], *maxima = &row.lane_maxima[b * kLanes];
-        const int64_t size = std::min(kBlock, row.vocab_size - b * kBlock);
-        int32_t found[kBlock + 1];
-        int64_t n = 0;
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-            if (maxima[lane] < lowest) continue;
-            for (int64_t i = lane; i < size; i += kLanes) {
-                found[n] = static_cast<int32_t>(b * kBlock + i);
-                n += block[i] >= lowest && block[i] < below;
-            }
-        }
-        ids.insert(ids.end(), found, found + n);
-        if (static_cast<int64_t>(ids.size()) > limit) return false;
-    }
-    return true;
+    run_best<Collect>(Collecting{row, lowest, below, limit, ids, &complete}, 0, row.block_count());
+    return complete;
 }
 
 }  // namespace fastlm::cpu

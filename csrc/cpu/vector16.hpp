@@ -122,16 +122,19 @@ FASTLM_INLINE float sum(Floats v) {
 }
 
 FASTLM_INLINE float maximum(Floats v) {
-    float m = v[0];
-    for (int i = 1; i < kLanes; ++i) m = m > v[i] ? m : v[i];
-    return m;
+    float half[8];
+    for (int i = 0; i < 8; ++i) half[i] = v[i] > v[i + 8] ? v[i] : v[i + 8];
+    for (int i = 0; i < 4; ++i) half[i] = half[i] > half[i + 4] ? half[i] : half[i + 4];
+    const float even = half[0] > half[2] ? half[0] : half[2], odd = half[1] > half[3] ? half[1] : half[3];
+    return even > odd ? even : odd;
 }
 
 // e^x to about one unit in the last place: x = n·ln 2 + r, |r| <= ln 2 / 2, and e^r = 1 + r + r²·p(r), p fitted for
 // least greatest relative error (4e-9). Below -87.33, where results stop being normal, it is 0; from 88.38 it is
 // infinity; NaN stays NaN.
 FASTLM_INLINE Floats exp(Floats x) {
-    const Floats clamped = x > 89.0f ? broadcast(89.0f) : x;
+    // Between 127.5 · ln 2 and 128 · ln 2 r would be negative, and infinity + r · infinity is NaN.
+    const Floats clamped = x > 88.376f ? broadcast(89.0f) : x;
     const float kRounder = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
     const Floats shifted = clamped * 1.44269504f + kRounder;
     const Floats n = shifted - kRounder;

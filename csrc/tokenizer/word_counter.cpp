@@ -167,7 +167,7 @@ std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> te
                 invalid[i] = {pieces[i].text, pieces[i].offset + *offset};
                 return;
             }
-            split(pattern_, pieces[i].bytes.data(), pieces[i].bytes.size(), [&](const char* data, size_t length) {
+            split(pattern_, scanner_from_name(""), pieces[i].bytes.data(), pieces[i].bytes.size(), [&](const char* data, size_t length) {
                 const std::string_view word{data, length};
                 table.add(word, hash_bytes(word), 1, [](std::string_view bytes) { return bytes.data(); });
             });

@@ -36,6 +36,13 @@ def command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of torch. [default: torch's own choice]")
     ] = None,
+    fuzz: Annotated[
+        int, typer.Option("--fuzz", min=0, metavar="N", help="Tokenizer: compare ids on N random texts, time nothing.")
+    ] = 0,
+    fuzz_with: Annotated[
+        list[Path] | None,
+        typer.Option("--fuzz-with", help="tokenizer.json to compare with Hugging Face's; may be given several times."),
+    ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Say what can be measured, and measure nothing.")] = False,
 ) -> None:
     """Time fastlm beside its peers, and beside what the hardware allows.
@@ -45,6 +52,11 @@ def command(
 
     Example: fastlm bench rms_norm sampling --json results.json --plot ratios.png
     """
+    if fuzz:
+        if names != ["tokenizer"]:
+            raise ConfigError("--fuzz is for the tokenizer: fastlm bench tokenizer --fuzz 10000")
+        _fuzz(fuzz, fuzz_with or [], quiet=json_file == STDOUT)
+        return
     import torch
 
     from fastlm.benchmarks import harness
@@ -92,6 +104,37 @@ def command(
         plot_ratios(report.results, plot, report.device["name"])
     if report.failures:
         status_console.print(f"[bold red]{len(report.failures)} of the cases failed[/]")
+        raise typer.Exit(1)
+
+
+def _fuzz(count: int, paths: list[Path], *, quiet: bool) -> None:
+    """A line for each vocabulary, and the texts on which ids differ. Exit code 1 when there are any."""
+    import secrets
+    from dataclasses import asdict
+
+    from fastlm.benchmarks.fuzz_tokenizer import fuzz, pairs
+
+    seed = secrets.randbits(32)
+    outcomes = []
+    for pair in pairs(paths):
+        with status_console.status(f"{pair.vocabulary} …") as status:
+            for outcome in fuzz(pair, count, seed):
+                status.update(
+                    f"{pair.vocabulary}: {outcome.strings:,} of {count:,}, {outcome.num_differences} differ …"
+                )
+        outcomes.append(outcome)
+        if quiet:
+            continue
+        line = (
+            f"{outcome.vocabulary:<20} {outcome.strings:>9,} texts, {outcome.num_differences} differ from "
+            f"{outcome.reference}  ({outcome.excluded:,} characters of another Unicode left out)"
+        )
+        console.print(line, style="red" if outcome.num_differences else "green", highlight=False, soft_wrap=True)
+        for difference in outcome.differences:
+            console.print(f"  {difference}", markup=False, highlight=False, soft_wrap=True)
+    if quiet:
+        print_json({"seed": seed, "outcomes": [asdict(outcome) for outcome in outcomes]})
+    if any(outcome.num_differences for outcome in outcomes):
         raise typer.Exit(1)
 
 

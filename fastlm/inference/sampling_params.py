@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from fastlm.errors import ConfigError
+
+MAX_SAMPLES = 1024  # of one request: a typing error must not fill the queue
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one continuation is drawn.
+    """How a continuation is drawn.
 
     Args:
         max_tokens: most tokens to generate.
         temperature: 0 takes the most probable token; above 1 flattens the distribution.
         top_k, top_p, min_p: filters on the distribution; None leaves it whole.
+        order: in which the filters apply, as in transformers ("hf") or vLLM, see `fastlm.ops.sample`.
         repetition_penalty: above 1, makes tokens of the prompt and the continuation less probable (Keskar et al. 2019).
-        seed: same seed, same text, whatever else is generated beside it.
+        presence_penalty: subtracted from the logit of every token that the continuation has used.
+        frequency_penalty: the same, times the number of its uses. Both as in OpenAI's API.
+        logit_bias: token id -> what is added to its logit. -inf forbids it.
+        seed: same seed, same text, whatever else is generated beside it. The i-th of n samples has seed + i.
+        n: continuations of the prompt.
         stop: strings at which generation ends; they are not part of the text.
+        stop_token_ids: tokens at which generation ends; they are not part of the text.
         ignore_eos: go on after an end-of-text token instead of ending there.
+        min_tokens: tokens before which neither an end-of-text token nor one of `stop_token_ids` is drawn.
+        logprobs: log-probabilities of the drawn tokens in the model's own distribution (before penalties, bias,
+            temperature and filters), and of this many most probable ones at each place. None asks for none.
+        prompt_logprobs: the same for the tokens of the prompt.
 
     Raises ConfigError when a value is out of range.
     """
@@ -33,10 +47,18 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    order: Literal["hf", "vllm"] = "hf"
 
     def __post_init__(self) -> None:
-        if type(self.max_tokens) is not int or self.max_tokens < 0:
-            raise ConfigError(f"max_tokens must be 0 or a positive integer, not {self.max_tokens!r}")
+        _require_count("max_tokens", self.max_tokens)
         if not 0.0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature!r}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
@@ -47,7 +69,31 @@ class SamplingParams:
             raise ConfigError(f"min_p must be between 0 and 1, not {self.min_p!r}")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be a positive number, not {self.repetition_penalty!r}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, not {getattr(self, name)!r}")
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or token < 0 or not bias < math.inf:  # NaN fails this as well
+                raise ConfigError(f"logit_bias must map token ids to numbers below infinity, not {token!r} to {bias!r}")
+        if type(self.n) is not int or not 1 <= self.n <= MAX_SAMPLES:
+            raise ConfigError(f"n must be an integer from 1 to {MAX_SAMPLES}, not {self.n!r}")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed must lie between 0 and 2^63 - 1, not {self.seed!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ConfigError("stop must be a tuple of non-empty strings")
+        stop_ids = self.stop_token_ids
+        if not isinstance(stop_ids, tuple) or not all(type(i) is int and i >= 0 for i in stop_ids):
+            raise ConfigError(f"stop_token_ids must be a tuple of token ids, not {stop_ids!r}")
+        _require_count("min_tokens", self.min_tokens)
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name))
+        if self.order not in ("hf", "vllm"):
+            raise ConfigError(f'order must be "hf" or "vllm", not {self.order!r}')
+
+
+def _require_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{name} must be 0 or a positive integer, not {value!r}")

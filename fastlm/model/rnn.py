@@ -113,9 +113,13 @@ class RNNLanguageModel(nn.Module):
         cache.replace(new if isinstance(new, tuple) else (new,), input_ids.shape[1])
         return out
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `hidden_states` gave, `(..., hidden_size)` -> `(..., vocab_size)`."""
+        return nn.functional.linear(hidden, self.output_weight)
+
     def forward(self, input_ids: Tensor, cache: RNNState | None = None) -> Tensor:
         """`(batch, seq)` int64 -> logits `(batch, seq, vocab_size)`."""
-        return nn.functional.linear(self.hidden_states(input_ids, cache), self.output_weight)
+        return self.logits(self.hidden_states(input_ids, cache))
 
     def loss(self, input_ids: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """Next-token cross-entropy in nats; `targets` `(batch, seq)`, -100 where none counts.

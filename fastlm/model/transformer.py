@@ -1,4 +1,4 @@
-"""The transformer: an embedding table, blocks of attention and SwiGLU, a norm, and an output layer.
+"""The transformer: an embedding table, blocks of attention and a feed-forward layer, a norm, and an output layer.
 
 Each block adds to a residual stream. The addition is fused into the norm that follows it, so a block takes and gives
 the pair (what was just computed, the stream before it): one pass over memory instead of two.
@@ -6,50 +6,107 @@ the pair (what was just computed, the stream before it): one pass over memory in
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastlm.model.config import ModelConfig
-from fastlm.nn import Attention, KVCache, LinearCrossEntropyLoss, RMSNorm, SwiGLU
-from fastlm.ops import rotary_tables
+from fastlm.model.rope import RotaryTables
+from fastlm.nn import (
+    MLP,
+    Attention,
+    Cache,
+    KVCache,
+    LayerNorm,
+    LinearCrossEntropyLoss,
+    QuantizedEmbedding,
+    RMSNorm,
+    SwiGLU,
+)
+
+Norm = RMSNorm | LayerNorm
+LOGITS_AT_ONCE = 128  # tokens whose logits are held together when the output layer is quantized
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    if config.norm == "layer_norm":
+        return LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps, weight_offset=config.norm_weight_offset)
+
+
+def make_attention(config: ModelConfig, layer: int) -> Attention:
+    scalar = config.query_pre_attn_scalar
+    return Attention(
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.attention_output_bias,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
+        norm_weight_offset=config.norm_weight_offset,
+        window=config.window(layer),
+        softcap=config.attention_softcap,
+        scale=None if scalar is None else scalar**-0.5,
+    )
+
+
+def make_mlp(config: ModelConfig) -> SwiGLU | MLP:
+    kind = SwiGLU if config.gated_mlp else MLP
+    return kind(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, activation=config.activation)  # type: ignore[arg-type]
 
 
 class Block(nn.Module):
-    """norm → attention → norm → SwiGLU, on the pair (hidden, residual)."""
+    """norm → attention → norm → MLP, on the pair (hidden, residual); or with the norms after, or on both sides.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Hugging Face calls the norm before the MLP `post_attention_layernorm` where no norm follows attention, and gives
+    that name to the one that does follow it where there is one. So do we.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.norm_around = after
+        self.input_layernorm = make_norm(config) if before else None
+        self.self_attn = make_attention(config, layer)
+        self.post_attention_layernorm = make_norm(config)
+        self.pre_feedforward_layernorm = make_norm(config) if before and after else None
+        self.mlp = make_mlp(config)
+        self.post_feedforward_layernorm = make_norm(config) if after else None
 
     def forward(
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        tables: tuple[Tensor, Tensor] | tuple[None, None],
         positions: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
-        if residual is None:  # the first block: nothing to add yet
-            hidden, residual = self.input_layernorm(hidden), hidden
+        hidden, residual = add_and_norm(self.input_layernorm, hidden, residual)
+        hidden = self.self_attn(hidden, *tables, positions=positions, cache=cache, layer=layer)
+        if self.norm_around:
+            hidden = self.post_attention_layernorm(hidden)
+            hidden, residual = add_and_norm(self.pre_feedforward_layernorm, hidden, residual)
         else:
-            hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(hidden, cos, sin, positions=positions, cache=cache, layer=layer)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+            hidden, residual = add_and_norm(self.post_attention_layernorm, hidden, residual)
+        hidden = self.mlp(hidden)
+        if self.post_feedforward_layernorm is not None:
+            hidden = self.post_feedforward_layernorm(hidden)
+        return hidden, residual
+
+
+def add_and_norm(norm: Norm | None, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The stream with `hidden` added, as the pair (normalised, as it is)."""
+    if norm is None:
+        stream = hidden if residual is None else hidden + residual
+        return stream, stream
+    if residual is None:  # the first block: nothing to add yet
+        return norm(hidden), hidden
+    return norm(hidden, residual)
 
 
 class Decoder(nn.Module):
@@ -57,35 +114,48 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        cos, sin = rotary_tables(config.head_dim, config.context_length, config.rope_theta)
-        self.cos: Tensor
-        self.sin: Tensor
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.context_length = config.context_length
+        self.embed_tokens: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.positions == "learned"
+        self.embed_positions = nn.Embedding(config.context_length, config.hidden_size) if learned else None
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config)
+        self.rotary = None if learned else RotaryTables(config)
+        self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        positions = None
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        seq = input_ids.shape[1]
+        positions, end = None, seq
         if cache is not None:
-            starts = cache.lengths.to(input_ids.device)
-            positions = starts[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden, residual = self.embed_tokens(input_ids), None
+            positions, end = cache.positions(seq), cache.end(seq)
+        if end > self.context_length:
+            raise ValueError(f"{end} tokens do not fit the context of {self.context_length}")
+        hidden, residual = self.embed(input_ids, positions), None
+        for layer, block in enumerate(self.layers):
+            tables = (None, None) if self.rotary is None else self.rotary.tables(layer, end, hidden.device)
+            hidden, residual = block(hidden, residual, tables, positions, cache, layer)
+        if cache is not None:
+            cache.advance(seq)
+        return self.norm(hidden, residual)[0]
+
+    def embed(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+        hidden = self.embed_tokens(input_ids)
+        if self.embedding_scale is not None:  # rounded to the stream's dtype, as Gemma was trained
+            hidden = hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype)
+        if self.embed_positions is not None:
+            if positions is None:
+                positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            hidden = hidden + self.embed_positions(positions)
         if torch.is_autocast_enabled(hidden.device.type):  # the residual stream has the dtype that layers compute in
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        for layer, block in enumerate(self.layers):
-            hidden, residual = block(hidden, residual, self.cos, self.sin, positions, cache, layer)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.norm(hidden, residual)[0]
+        return hidden
 
 
 class Transformer(nn.Module):
-    """A causal language model. Its state dict has the names of Hugging Face's LlamaForCausalLM / Qwen3ForCausalLM.
+    """A causal language model. Its state dict has the names of Hugging Face's Llama, Qwen, Gemma and Exaone 4 models.
 
-    Weights start random: embeddings N(0, 0.02²), projections N(0, 1 / (4 · fan_in)), and zero for the projections that
-    write to the residual stream, so that every block starts as the identity.
+    Weights start random: embeddings N(0, 0.02²), projections N(0, 1 / (4 · fan_in)), and zero for biases and for the
+    projections that write to the residual stream, so that every block starts as the identity.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -93,59 +163,87 @@ class Transformer(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_function = LinearCrossEntropyLoss()
+        self.loss_function = LinearCrossEntropyLoss(softcap=config.logit_softcap)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
-            if parameter.ndim != 2:
-                nn.init.ones_(parameter)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.constant_(parameter, 1.0 - self.config.norm_weight_offset)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)
-            elif "embed_tokens" in name or "lm_head" in name:
+            elif "embed_" in name or "lm_head" in name:
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
 
     @property
     def output_weight(self) -> Tensor:
-        """`(vocab_size, hidden_size)`: logits are hidden states times this, transposed."""
+        """`(vocab_size, hidden_size)`: logits are hidden states times this, transposed (before the softcap).
+
+        Of a quantized output layer, its bytes.
+        """
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states, and so of the cache."""
+        dtype = self.model.embed_tokens.weight.dtype
+        return torch.float32 if dtype == torch.uint8 else dtype
+
+    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> `(batch, seq, hidden_size)`, after the last norm.
 
         Raises:
             ValueError: the sequence, with what `cache` holds, is longer than the context.
         """
-        start = 0 if cache is None else int(cache.lengths.max())
-        if start + input_ids.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"{start + input_ids.shape[1]} tokens do not fit the context of {self.config.context_length}"
-            )
         return self.model(input_ids, cache)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `hidden_states` gave, `(..., hidden_size)` -> `(..., vocab_size)`."""
+        table = self.model.embed_tokens
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden)
+        elif isinstance(table, QuantizedEmbedding):
+            logits = table.as_output_layer(hidden)
+        else:
+            logits = nn.functional.linear(hidden, table.weight)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """`(batch, seq)` int64 -> logits `(batch, seq, vocab_size)`. With `cache`, ids go after the tokens it holds."""
-        return nn.functional.linear(self.hidden_states(input_ids, cache), self.output_weight)
+        return self.logits(self.hidden_states(input_ids, cache))
 
     def loss(self, input_ids: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """Next-token cross-entropy in nats; `targets` `(batch, seq)`, -100 where none counts.
 
         A scalar, or like `targets` with reduction="none".
         """
-        return self.loss_function(self.hidden_states(input_ids), self.output_weight, targets, reduction)
+        hidden = self.hidden_states(input_ids)
+        if self.output_weight.dtype == torch.uint8:
+            return self._loss_of_logits(hidden, targets, reduction)
+        return self.loss_function(hidden, self.output_weight, targets, reduction)
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `context_length` tokens."""
-        weight = self.model.embed_tokens.weight
+    def _loss_of_logits(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        pairs = zip(hidden.flatten(0, 1).split(LOGITS_AT_ONCE), targets.flatten().split(LOGITS_AT_ONCE), strict=True)
+        each = [nn.functional.cross_entropy(self.logits(h).float(), t, reduction="none") for h, t in pairs]
+        losses = torch.cat(each).view_as(targets)
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / (targets != -100).sum()
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `capacity` tokens, `context_length` by default."""
         c = self.config
         return KVCache(
             c.num_layers,
             batch_size,
-            c.context_length,
+            c.context_length if capacity is None else capacity,
             c.num_kv_heads,
             c.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self.output_weight.device,
         )

@@ -1,9 +1,21 @@
 """Drop-in torch modules over the ops. Their parameter names are those of Hugging Face's Llama and Qwen layers."""
 
 from fastlm.nn.attention import Attention
-from fastlm.nn.kv_cache import KVCache
+from fastlm.nn.kv_cache import Cache, KVCache
 from fastlm.nn.loss import LinearCrossEntropyLoss
-from fastlm.nn.mlp import SwiGLU
-from fastlm.nn.normalization import RMSNorm
+from fastlm.nn.mlp import MLP, SwiGLU
+from fastlm.nn.normalization import LayerNorm, RMSNorm
+from fastlm.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
-__all__ = ["Attention", "KVCache", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Cache",
+    "KVCache",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "RMSNorm",
+    "SwiGLU",
+]

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fastlm.ops import attention
+
+
+class Cache(Protocol):
+    """What a model needs of a cache to add `seq` tokens to each of its rows."""
+
+    def positions(self, seq: int) -> Tensor:
+        """Where the new tokens stand in their sequences: `(rows, seq)` int64 on the model's device."""
+        ...
+
+    def end(self, seq: int) -> int:
+        """One more than the last of them: how long a context they need."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Stores k and v of the new tokens, then attends causally from q to all tokens of each sequence.
+
+        q `(rows, seq, heads, head_dim)`, k and v `(rows, seq, kv_heads, head_dim)` -> like q; the options are those of
+        `fastlm.ops.attention`.
+        """
+        ...
+
+    def advance(self, num_tokens: int) -> None:
+        """Called after the last layer."""
+        ...
 
 
 class KVCache:
@@ -51,17 +87,35 @@ class KVCache:
         chosen.lengths = self.lengths[rows]
         return chosen
 
+    def positions(self, seq: int) -> Tensor:
+        device = self.keys.device
+        return self.lengths.to(device)[:, None] + torch.arange(seq, device=device)
+
+    def end(self, seq: int) -> int:
+        return int(self.lengths.max()) + seq
+
     def advance(self, num_tokens: int) -> None:
         self.lengths += num_tokens
 
     def clear(self) -> None:
         self.lengths.zero_()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
         """Stores k and v after what each row holds, then attends causally from q to all of it.
 
-        q `(batch, seq, heads, head_dim)`, k and v `(batch, seq, kv_heads, head_dim)` -> like q. Rows of different
-        lengths are served one by one, so that no row's arithmetic depends on another.
+        q `(batch, seq, heads, head_dim)`, k and v `(batch, seq, kv_heads, head_dim)` -> like q; the options are those
+        of `fastlm.ops.attention`. Rows of different lengths are served one by one, so that no row's arithmetic depends
+        on another.
 
         Raises:
             ValueError: when a row has no room for `seq` more tokens.
@@ -70,22 +124,18 @@ class KVCache:
         seq = q.shape[1]
         if max(starts) + seq > self.capacity:
             raise ValueError(f"the cache holds {max(starts)} of {self.capacity} tokens: no room for {seq} more")
-        keys, values = self.keys[layer], self.values[layer]
+
+        def append_and_attend(rows: slice, start: int) -> Tensor:
+            end = start + seq
+            self.keys[layer, rows, start:end] = k[rows]
+            self.values[layer, rows, start:end] = v[rows]
+            first = 0 if window is None else max(0, start + 1 - window)  # the earliest key that any query sees
+            keys = self.keys[layer, rows, first:end].to(q.dtype)
+            values = self.values[layer, rows, first:end].to(q.dtype)
+            out = attention(q[rows], keys, values, causal=True, window=window, softcap=softcap, scale=scale)
+            assert isinstance(out, Tensor)
+            return out
+
         if len(set(starts)) == 1:
-            return _append_and_attend(q, k, v, keys, values, starts[0])
-        rows = [slice(i, i + 1) for i in range(len(starts))]
-        return torch.cat(
-            [
-                _append_and_attend(q[i], k[i], v[i], keys[i], values[i], start)
-                for i, start in zip(rows, starts, strict=True)
-            ]
-        )
-
-
-def _append_and_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    end = start + q.shape[1]
-    keys[:, start:end] = k
-    values[:, start:end] = v
-    out = attention(q, keys[:, :end].to(q.dtype), values[:, :end].to(q.dtype), causal=True)
-    assert isinstance(out, Tensor)
-    return out
+            return append_and_attend(slice(None), starts[0])
+        return torch.cat([append_and_attend(slice(i, i + 1), start) for i, start in enumerate(starts)])

@@ -1,4 +1,4 @@
-"""RMSNorm as a module."""
+"""RMSNorm and LayerNorm as modules, each with the residual addition before it if one is given."""
 
 from __future__ import annotations
 
@@ -36,3 +36,20 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm with RMSNorm's interface: given `residual`, it returns the pair (y, x + residual).
+
+    Ba et al., "Layer Normalization", arXiv 1607.06450.
+    """
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return super().forward(x)
+        x = x + residual
+        return super().forward(x), x

@@ -21,7 +21,8 @@ import torch
 
 from fastlm._files import write_atomic
 from fastlm.errors import CheckpointError
-from fastlm.model.checkpoint import LanguageModel, read_json_object, read_tensors, write_config, write_tensors
+from fastlm.model.checkpoint import LanguageModel, load_weights, write_config, write_weights
+from fastlm.model.tensor_files import read_json_object, read_tensors, write_tensors
 from fastlm.training.data import sha256_file
 from fastlm.training.optimizer import Optimizer
 
@@ -113,7 +114,7 @@ def load_checkpoint(directory: Path, model: LanguageModel, optimizer: Optimizer)
     try:
         state, files = _read_state(directory)
         _check_files(directory, files)
-        model.load_state_dict(read_tensors(directory / "model.safetensors"))
+        load_weights(model, directory / "model.safetensors")
         tensors = read_tensors(directory / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop(RANDOM_STATE))
         optimizer.load_state_tensors(tensors)
@@ -155,7 +156,7 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
 
 def _write_model(directory: Path, run: Path, model: LanguageModel, eos_token_id: int) -> None:
     write_config(model.config, directory, eos_token_id=eos_token_id)
-    write_tensors({n: t.detach().contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    write_weights(model, directory / "model.safetensors")
     _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 

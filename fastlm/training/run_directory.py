@@ -10,9 +10,10 @@ from typing import Any
 
 from fastlm._files import write_atomic
 from fastlm.errors import CheckpointError, ConfigError
-from fastlm.model.checkpoint import AnyConfig, read_json_object
+from fastlm.model.checkpoint import AnyConfig
 from fastlm.model.config import ModelConfig
 from fastlm.model.rnn import RNNConfig
+from fastlm.model.tensor_files import read_json_object
 from fastlm.training.config import TrainingConfig
 
 RUN_FILE = "run.json"

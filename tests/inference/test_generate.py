@@ -7,6 +7,7 @@ import torch
 
 from fastlm.errors import ConfigError
 from fastlm.inference import SamplingParams, generate, stream
+from fastlm.inference.sampler import Draw
 from fastlm.model.checkpoint import LanguageModel
 from fastlm.tokenizer import Tokenizer
 
@@ -87,10 +88,10 @@ def test_past_the_context_each_token_follows_from_the_latest_half_to_whole_conte
 def test_end_of_text_ends_a_row_and_the_others_go_on(tokenizer, model, monkeypatch) -> None:
     script = {0: [10, 11, tokenizer.eos_token_id], 1: [12, 13, 14, 15, 16]}
 
-    def scripted(logits, active):
-        return [script[row.index][row.generated] for row in active]
+    def scripted(logits, rows, eos_token_id):
+        return [Draw(script[row.sequence.request_id][row.generated]) for row in rows]
 
-    monkeypatch.setattr("fastlm.inference.generation._sample", scripted)
+    monkeypatch.setattr("fastlm.inference.model_runner.draw", scripted)
     first, second = generate(model, tokenizer, ["a", "b"], SamplingParams(max_tokens=5))
     assert (first.token_ids, first.finish_reason) == (script[0], "eos")
     assert (second.token_ids, second.finish_reason) == (script[1], "length")
@@ -100,7 +101,7 @@ def test_end_of_text_ends_a_row_and_the_others_go_on(tokenizer, model, monkeypat
 def test_generation_ends_before_a_stop_string_that_spans_tokens(tokenizer, model, monkeypatch) -> None:
     ids = tokenizer.encode("The film was 좋았다! and more")
 
-    monkeypatch.setattr("fastlm.inference.generation._sample", lambda logits, active: [ids[active[0].generated]])
+    monkeypatch.setattr("fastlm.inference.model_runner.draw", lambda _, rows, eos: [Draw(ids[rows[0].generated])])
     params = SamplingParams(max_tokens=len(ids), stop=("았다!", "zzz"))
     completion = generate(model, tokenizer, ["x"], params)[0]
     assert completion.text == "The film was 좋"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastlm.errors import CheckpointError
 from fastlm.model import RNNConfig, RNNLanguageModel, Transformer, load_model, save_model
-from fastlm.model.checkpoint import write_tensors
+from fastlm.model.tensor_files import write_tensors
 from tests.model.test_transformer import config, randomise
 
 
@@ -80,11 +80,11 @@ def test_weights_are_readable_by_whom_the_umask_allows(saved: Path) -> None:
 def test_a_failed_write_leaves_the_earlier_file_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (saved / "model.safetensors").read_bytes()
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr("fastlm.model.checkpoint.save_file", lambda *a, **k: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("fastlm.model.tensor_files.save_file", lambda *a, **k: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space left"):
         write_tensors({"a": torch.zeros(3)}, saved / "model.safetensors")
     assert (saved / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

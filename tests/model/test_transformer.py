@@ -8,6 +8,8 @@ import transformers
 
 from fastlm.errors import ConfigError
 from fastlm.model import ModelConfig, Transformer, load_model, save_model
+from fastlm.model.checkpoint import load_weights, write_weights
+from fastlm.model.huggingface_config import config_to_huggingface
 
 SHAPE = {
     "vocab_size": 61,
@@ -33,7 +35,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def hugging_face_model(ours: ModelConfig) -> torch.nn.Module:
-    values = ours.to_huggingface()
+    values = config_to_huggingface(ours)
     values.pop("architectures")
     model_type = values.pop("model_type")
     classes = {
@@ -161,24 +163,79 @@ def test_a_config_that_makes_no_sense_is_refused_by_name(changes: dict, message:
         config(**changes)
 
 
+def test_positions_beyond_the_first_tables_are_those_of_hugging_face() -> None:
+    ours = Transformer(config(context_length=2000, tie_embeddings=False)).eval()
+    theirs = hugging_face_model(ours.config)
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(61, (1, 1100))
+    with torch.no_grad():
+        expected = theirs(ids).logits[:, -80:]
+        cache = ours.new_cache(1, 1100)
+        parts = [ours(ids[:, :1000], cache)] + [ours(ids[:, i : i + 10], cache) for i in range(1000, 1100, 10)]
+        torch.testing.assert_close(torch.cat(parts, 1)[:, -80:], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours(ids)[:, -80:], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tables_made_while_generating_serve_training_and_another_dtype() -> None:
+    model = Transformer(config())
+    randomise(model)
+    ids = torch.randint(61, (2, 20))
+    with torch.inference_mode():
+        before = model(ids)
+    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    with torch.no_grad():
+        narrow = model.bfloat16()(ids).float()
+    assert (narrow - before).norm() < 0.05 * before.norm()
+
+
+def test_a_compiled_model_is_one_graph() -> None:
+    model = Transformer(config(sliding_window=5, full_attention_layers=(1,), rope_local_theta=100.0, logit_softcap=3.0))
+    randomise(model)
+    ids = torch.randint(61, (2, 20))
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids[:, :-1], ids[:, 1:]), model.loss(ids[:, :-1], ids[:, 1:]))
+
+
+def test_training_checkpoints_of_every_layout_read_back(tmp_path: Path) -> None:
+    for changes in (
+        {},
+        {
+            "positions": "learned",
+            "norm": "layer_norm",
+            "activation": "gelu_tanh",
+            "gated_mlp": False,
+            "num_kv_heads": 6,
+            "qkv_bias": True,
+            "attention_output_bias": True,
+            "mlp_bias": True,
+        },
+    ):
+        model, again = Transformer(config(**changes)), Transformer(config(**changes))
+        randomise(model)
+        write_weights(model, tmp_path / "model.safetensors")
+        load_weights(again, tmp_path / "model.safetensors")
+        ids = torch.randint(61, (2, 20))
+        assert torch.equal(model(ids), again(ids))
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("changes", "message"),
     [
-        ("model_type", "gpt2"),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("hidden_size", "big"),
-        ("vocab_size", None),
+        ({"positions": "sinusoidal"}, "positions must be one of rotary, learned"),
+        ({"sliding_window": 0}, "sliding_window must be a positive number"),
+        ({"full_attention_layers": (1,)}, "need a sliding_window"),
+        ({"sliding_window": 4, "full_attention_layers": (3,)}, "ascending and below 3"),
+        ({"sliding_window": 4, "full_attention_layers": (1, 0)}, "ascending and below 3"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "rope scaling must be one of"),
+        ({"rope_scaling": {"kind": "linear", "factor": 0.0}}, "factor must be a positive number"),
+        ({"rope_scaling": {"kind": "factors", "factors": [1.0, 2.0]}}, "must have 4 factors, not 2"),
+        ({"rope_scaling": {"speed": 2}}, "rope_scaling is not complete"),
+        ({"attention_softcap": -1.0}, "attention_softcap must be a positive number"),
+        ({"activation": "gelu"}, "a gated MLP"),
+        ({"norm": "layer_norm", "norm_weight_offset": 1.0}, "layer_norm has none"),
     ],
 )
-def test_a_hugging_face_config_with_a_feature_that_ours_lacks_is_refused_by_name(key: str, value: object) -> None:
-    content = config().to_huggingface() | {key: value}
-    with pytest.raises(ConfigError, match=key.split("_param")[0]):
-        ModelConfig.from_huggingface(content)
-
-
-def test_config_survives_the_way_to_hugging_face_and_back() -> None:
-    for changes in ({}, {"qk_norm": True}, {"tie_embeddings": False, "rope_theta": 5e5, "norm_eps": 1e-5}):
-        assert ModelConfig.from_huggingface(config(**changes).to_huggingface()) == config(**changes)
+def test_options_that_make_no_sense_are_refused_by_name(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)

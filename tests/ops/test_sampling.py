@@ -12,7 +12,7 @@ from fastlm.ops.sampling import OP, reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=OP.backends)
+@pytest.fixture(params=[name for name in OP.backends if name != "cuda"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTLM_BACKEND", request.param)
     return request.param
@@ -22,6 +22,11 @@ def seeds(batch: int, device: str) -> dict[str, Tensor]:
     """Fresh seeds and positions, all 64 bits of them."""
     shape = (batch,)
     return {name: torch.randint(-(2**63), 2**63 - 1, shape, device=device) for name in ("seed", "position")}
+
+
+def rows(backend: str, device: str, interpreted: int, otherwise: int) -> int:
+    """How many rows a test draws: few where Triton's interpreter takes tens of milliseconds for each."""
+    return interpreted if backend == "triton" and device == "cpu" else otherwise
 
 
 def per_row(values: list[float], device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,7 +86,8 @@ def warped(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
 )
 def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dtype, temperature, top_k, top_p, min_p):
     """The log-probability of each drawn token, in which the whole kept set shows as its sum, equals transformers'."""
-    logits = (torch.randn(24, 131, device=device) * 2).to(dtype)
+    batch = rows(backend, device, 6, 48)
+    logits = (torch.randn(batch, 131, device=device) * 2).to(dtype)
     out = sample(
         logits,
         temperature=temperature,
@@ -89,7 +95,7 @@ def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dt
         top_p=top_p,
         min_p=min_p,
         return_logprobs=True,
-        **seeds(24, device),
+        **seeds(batch, device),
     )
     # A tie at the edge of the nucleus is kept whole here and cut by transformers: such rows are left out.
     expected = warped(logits, temperature, top_k, top_p, min_p).log_softmax(1)
@@ -97,7 +103,7 @@ def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dt
     lowest = torch.where(kept, logits.float(), torch.inf).amin(1, keepdim=True)
     clear = ((logits.float() >= lowest) == kept).all(1)
     assert out.valid.all()
-    assert clear.sum() >= (24 if dtype == torch.float32 else 12)
+    assert clear.sum() >= (batch if dtype == torch.float32 else batch // 3)
     at_ids = expected.gather(1, out.ids[:, None])[:, 0]
     torch.testing.assert_close(out.processed_logprobs[clear], at_ids[clear], rtol=1e-4, atol=1e-4)
     raw = logits.double().log_softmax(1).gather(1, out.ids[:, None])[:, 0]
@@ -106,7 +112,7 @@ def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dt
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.85}, {"min_p": 0.1, "top_p": 0.95}])
 def test_frequencies_of_draws_are_the_probabilities(backend, device, filters):
-    draws = 400 if backend == "triton" and device == "cpu" else 20_000
+    draws = rows(backend, device, 80, 20_000)
     row = torch.randn(7, device=device) * 1.5
     logits = row.expand(draws, 7)  # every row is the same memory
     first = int(torch.randint(0, 2**40, ()))
@@ -122,7 +128,7 @@ def test_frequencies_of_draws_are_the_probabilities(backend, device, filters):
 
 
 def test_successive_seeds_and_positions_draw_independently(backend, device):
-    draws = 64 if backend == "triton" and device == "cpu" else 4096
+    draws = rows(backend, device, 32, 4096)
     logits = torch.zeros(draws, 1024, device=device)
     steps = torch.arange(draws, device=device)
     for changing in (
@@ -198,7 +204,8 @@ def test_temperatures_near_zero_and_far_above_one_stay_exact(backend, device):
 
 
 def test_equal_logits_at_a_threshold_are_kept_together(backend, device):
-    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]], device=device).expand(64, 6)
+    draws = rows(backend, device, 3, 64)
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, -1.0]], device=device).expand(draws, 6)
     for filters, shares in (
         ({"top_k": 2}, [0, math.e, 1, 1, 1, 0]),
         ({"top_k": 5}, [1 / math.e, math.e, 1, 1, 1, 0]),
@@ -211,7 +218,7 @@ def test_equal_logits_at_a_threshold_are_kept_together(backend, device):
         ({"top_k": 0, "top_p": 1.0, "min_p": 0.0}, [1 / math.e, math.e, 1, 1, 1, math.exp(-2)]),
         ({"top_k": 10**12}, [1 / math.e, math.e, 1, 1, 1, math.exp(-2)]),
     ):
-        out = sample(logits, seed=torch.arange(64, device=device), position=0, return_logprobs=True, **filters)
+        out = sample(logits, seed=torch.arange(draws, device=device), position=0, return_logprobs=True, **filters)
         expected = torch.tensor(shares, device=device).float()
         assert (expected[out.ids] > 0).all(), filters
         torch.testing.assert_close(out.processed_logprobs, (expected / expected.sum()).log()[out.ids])
@@ -223,8 +230,8 @@ def test_order_decides_over_what_the_nucleus_is_taken(backend, device):
     transformers: of all, 0.5 + 0.3 = 0.80 < 0.82 keeps the third. vLLM: of 0.95 that min_p leaves, 0.80 / 0.95 = 0.84
     is above 0.82 and drops it.
     """
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=device).log().expand(48, 4)
-    seed = torch.arange(48, device=device)
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=device).log().expand(24, 4)
+    seed = torch.arange(24, device=device)
     hf = sample(logits, top_p=0.82, min_p=0.2, order="hf", seed=seed, position=0, return_logprobs=True)
     vllm = sample(logits, top_p=0.82, min_p=0.2, order="vllm", seed=seed, position=0, return_logprobs=True)
     for out, shares in ((hf, [0.5, 0.3, 0.15, 0]), (vllm, [0.5, 0.3, 0, 0])):

@@ -79,6 +79,16 @@ def test_extreme_gates_stay_finite(backend, device, activation):
     torch.testing.assert_close(grad.double(), torch.autograd.grad(expected.sum(), exact)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_gate_gives_nan_where_the_exponential_overflows(backend, device, activation):
+    gate = torch.linspace(-100, 100, 20_001, device=device)
+    gate = torch.cat([gate, -torch.linspace(88, 89, 1001, device=device), -torch.linspace(10, 10.1, 1001).to(device)])
+    ours = run(swiglu, [gate, torch.ones_like(gate)], torch.ones_like(gate), activation)
+    exact = run(plain, [gate.double(), torch.ones_like(gate).double()], torch.ones_like(gate), activation)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_nan_stays_nan_and_touches_no_neighbour(backend, device):
     gate = torch.randn(40, device=device)
     gate[17] = float("nan")

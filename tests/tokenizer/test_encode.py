@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.errors import TokenizerError
-from fastlm.tokenizer import Tokenizer
+from fastlm.tokenizer import BpeTrainer, Tokenizer
 from fastlm.tokenizer.byte_level import to_chars
 from fastlm.tokenizer.patterns import PATTERN_NAMES, REGEXES
 from tests.tokenizer.hugging_face import pre_tokenizer, random_text
@@ -126,6 +126,31 @@ def test_ids_equal_tiktoken_for_ranks_in_any_order(fresh_seed: int) -> None:
             assert ours.encode(text) == theirs.encode(text), (ranks, text)
 
 
+def runs(rng: random.Random, alphabet: str) -> str:
+    """Rulers and the like: a few runs of one character."""
+    return "".join(rng.choice(alphabet) * rng.choice([1, 2, 3, 31, 64, 100, 1000]) for _ in range(rng.randrange(1, 6)))
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "aab", "abc", "가각", "a\u0301b"])
+def test_ids_equal_tiktoken_for_trained_vocabularies_of_few_characters(alphabet: str, fresh_seed: int) -> None:
+    # Tokens overlap in every way, so that the longest one is often not the right one.
+    rng = random.Random(fresh_seed)
+    for _ in range(8):
+        texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(30)]
+        trained = BpeTrainer(256 + rng.randrange(1, 200), pattern="gpt2", special_tokens=[]).train_from_iterator(texts)
+        ours = Tokenizer(trained.mergeable_ranks, pattern="gpt2")
+        theirs = tiktoken.Encoding(
+            "trained", pat_str=REGEXES["gpt2"], mergeable_ranks=trained.mergeable_ranks, special_tokens={}
+        )
+        for length in (1, 2, 3, 5, 8, 13, 21, 34, 63, 64, 65, 300, 3000):
+            text = "".join(rng.choices(alphabet, k=length))
+            assert ours.encode(text) == theirs.encode(text), (trained.merges, text)
+            assert trained.encode(text) == theirs.encode(text), (trained.merges, text)
+        for _ in range(40):
+            text = runs(rng, alphabet)
+            assert ours.encode(text) == theirs.encode(text), (trained.merges, text)
+
+
 def test_ids_equal_hugging_face_for_merges_in_any_order(fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
     for _ in range(150):
@@ -145,7 +170,7 @@ def test_ids_equal_hugging_face_for_merges_in_any_order(fresh_seed: int) -> None
             assert ours.encode(text) == theirs.encode(text).ids, (ranks, merges, text)
 
 
-@pytest.mark.parametrize("alphabet", ["a", "ab", "etaoinshr", "의이가 ", "=-", " \t", "\n", "1"])
+@pytest.mark.parametrize("alphabet", ["a", "ab", "etaoinshr", "의이가 ", "=-", "=-*#", " \t", "\n", "1"])
 def test_long_pieces_equal_tiktoken(
     alphabet: str, published: tuple[Tokenizer, tiktoken.Encoding], fresh_seed: int
 ) -> None:
@@ -153,6 +178,9 @@ def test_long_pieces_equal_tiktoken(
     rng = random.Random(fresh_seed)
     for length in (127, 128, 129, 257, 1000, 20_000):
         text = "".join(rng.choices(alphabet, k=length))
+        assert ours.encode(text) == theirs.encode(text), text
+    for _ in range(20):
+        text = runs(rng, alphabet)
         assert ours.encode(text) == theirs.encode(text), text
 
 

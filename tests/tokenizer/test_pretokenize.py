@@ -25,20 +25,56 @@ ALPHABET = [
 adversarial_text = st.lists(st.sampled_from(ALPHABET), max_size=40).map("".join)
 
 
+SCANNERS = ("avx512", "avx2", "portable", "scalar")
+
+
 def pieces(pattern: str, text: str) -> list[str]:
     return [piece.decode() for piece in native().pretokenize(pattern, text.encode())]
 
 
+@pytest.fixture(params=SCANNERS)
+def scanner(request: pytest.FixtureRequest) -> str:
+    try:
+        native().pretokenize("gpt2", b"", request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+def random_string(rng: random.Random) -> str:
+    """Of few kinds of characters or many, on either side of a scanner's 64 bytes."""
+    length = rng.choice([1, 2, 3, 5, 8, 13, 30, 63, 64, 65, 130])
+    kind = rng.random()
+    if kind < 0.3:
+        return "".join(rng.choices(ALPHABET, k=length))
+    if kind < 0.7:
+        return "".join(rng.choices(rng.sample(ALPHABET, rng.randrange(1, 12)), k=length))
+    return random_text(rng, length)
+
+
 @pytest.mark.parametrize("pattern", PATTERN_NAMES)
-def test_scanner_equals_the_regex_on_random_text(pattern: str, newer_characters: set[str], fresh_seed: int) -> None:
+def test_scanner_equals_the_regex_on_random_text(
+    pattern: str, scanner: str, newer_characters: set[str], fresh_seed: int
+) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(6000):
-        if rng.random() < 0.5:
-            text = "".join(rng.choices(ALPHABET, k=rng.choice([1, 2, 3, 5, 8, 13, 30])))
-        else:
-            text = random_text(rng, rng.choice([1, 3, 10, 40]))
+    for _ in range(3000):
+        text = random_string(rng)
         if not newer_characters.intersection(text):
-            assert pieces(pattern, text) == COMPILED[pattern].findall(text), repr(text)
+            found = [piece.decode() for piece in native().pretokenize(pattern, text.encode(), scanner)]
+            assert found == COMPILED[pattern].findall(text), repr(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERN_NAMES)
+def test_scanners_agree_on_a_quarter_million_random_bytes(pattern: str, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    for _ in range(250_000):
+        data = bytearray(random_string(rng).encode())
+        for _ in range(rng.choice([0, 0, 1, 5])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        expected = native().pretokenize(pattern, bytes(data), "scalar")
+        assert native().pretokenize(pattern, bytes(data)) == expected, data
+        assert native().pretokenize(pattern, bytes(data), "portable") == expected, data
 
 
 @pytest.mark.parametrize("pattern", PATTERN_NAMES)
@@ -84,30 +120,31 @@ def test_known_splits(pattern: str, text: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERN_NAMES)
-def test_malformed_utf8_is_covered_byte_by_byte(pattern: str, fresh_seed: int) -> None:
+def test_malformed_utf8_is_covered_byte_by_byte(pattern: str, scanner: str, fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
     whole = [b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\xf0\x9f\x98", b"\x80", b"\xff", b"\xc3"]
     for _ in range(500):
         data = b"".join(
             rng.choice([rng.choice(whole), rng.randbytes(rng.randrange(4)), "가a 1".encode()]) for _ in range(8)
         )
-        found = native().pretokenize(pattern, data)
+        found = native().pretokenize(pattern, data, scanner)
         assert b"".join(found) == data
         assert all(found)
     for bad in whole:
         # Each bad byte is one character that is neither letter, number nor space.
         replaced = pieces(pattern, "a" + "\ufffd" * len(bad) + " b")
-        found = native().pretokenize(pattern, b"a" + bad + b" b")
+        found = native().pretokenize(pattern, b"a" + bad + b" b", scanner)
         assert [piece.replace(bad, b"?" * len(bad)) for piece in found] == [
             piece.replace("\ufffd", "?").encode() for piece in replaced
         ]
 
 
 @pytest.mark.parametrize("pattern", PATTERN_NAMES)
-@pytest.mark.parametrize("unit", ["a", "A", " ", " \n", "\u0301", "가A", "!", "'", "1", "\u3000"])
-def test_long_runs_are_split_as_short_ones(pattern: str, unit: str) -> None:
+@pytest.mark.parametrize("unit", ["a", "A", "aA", " ", " \n", "\u0301", "가A", "é", "!", "'", "1", "\u3000"])
+def test_long_runs_are_split_as_short_ones(pattern: str, unit: str, scanner: str) -> None:
     # Quadratic scanning would take minutes.
-    long = pieces(pattern, unit * 200_000 + "x")
+    found = native().pretokenize(pattern, (unit * 200_000 + "x").encode(), scanner)
+    long = [piece.decode() for piece in found]
     assert "".join(long) == unit * 200_000 + "x"
     short = pieces(pattern, unit * 300 + "x")
     assert short == COMPILED[pattern].findall(unit * 300 + "x")
@@ -117,6 +154,8 @@ def test_long_runs_are_split_as_short_ones(pattern: str, unit: str) -> None:
 def test_unknown_name_lists_the_names() -> None:
     with pytest.raises(ValueError, match="no pattern named 'gpt5'; there are gpt2, cl100k, o200k, llama3, qwen2"):
         native().pretokenize("gpt5", b"x")
+    with pytest.raises(ValueError, match="no scanner named 'sve'"):
+        native().pretokenize("gpt2", b"x", "sve")
 
 
 def test_published_regexes_are_known_by_name() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastlm._core import native, native_missing
 
+DRAW = {torch.float32: "sample_float32", torch.bfloat16: "sample_bfloat16", torch.float16: "sample_float16"}
+
 
 def supports(logits: Tensor, **settings: Any) -> str | None:
     if logits.shape[1] >= 2**31:
@@ -38,23 +40,32 @@ def sample(
     batch, vocab_size = logits.shape
     ids = torch.empty(batch, dtype=torch.int64)
     valid = torch.empty(batch, dtype=torch.bool)
-    logprobs, processed = torch.empty((2, batch if return_logprobs else 0), dtype=torch.float32).unbind()
+    wanted = batch if return_logprobs else 0
+    logprobs, processed = torch.empty(wanted, dtype=torch.float32), torch.empty(wanted, dtype=torch.float32)
     top = (batch, num_logprobs) if num_logprobs else (0,)
     top_ids, top_logprobs = torch.empty(top, dtype=torch.int64), torch.empty(top, dtype=torch.float32)
-    settings = [temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]
-    settings = [t if t is None else t.contiguous() for t in settings]
-    prompt_ids, output_ids = (t if t is None else t.contiguous() for t in (prompt_ids, output_ids))
+    settings = [
+        t if t is None or t.is_contiguous() else t.contiguous()
+        for t in (
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            prompt_ids,
+            output_ids,
+        )
+    ]
     seed, position = seed.contiguous(), position.contiguous()
-    draw = getattr(native(), f"sample_{str(logits.dtype).removeprefix('torch.')}")
-    draw(
+    getattr(native(), DRAW[logits.dtype])(
         logits.data_ptr(),
         batch,
         vocab_size,
         logits.stride(0),
-        *map(_address, settings),
-        _address(prompt_ids),
+        *[0 if t is None else t.data_ptr() for t in settings],
         0 if prompt_ids is None else prompt_ids.shape[1],
-        _address(output_ids),
         0 if output_ids is None else output_ids.shape[1],
         seed.data_ptr(),
         position.data_ptr(),
@@ -69,8 +80,3 @@ def sample(
         torch.get_num_threads(),
     )
     return ids, valid, logprobs, processed, top_ids, top_logprobs
-
-
-def _address(tensor: Tensor | None) -> int:
-    """0 for a tensor that was not given or is empty."""
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()

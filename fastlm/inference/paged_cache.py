@@ -1,0 +1,170 @@
+"""Keys and values in blocks, and one step of many sequences over them.
+
+A step packs the new tokens of all its sequences into one row. Its keys and values are written to their slots first;
+then sequences with few new tokens are served together by `decode_attention`, which reads blocks where they lie, and
+each longer chunk by `attention` over its keys, copied together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fastlm.inference.scheduler import Chunk
+from fastlm.model import Transformer
+from fastlm.ops import attention, decode_attention
+from fastlm.ops.decode_attention import MAX_QUERY_LEN
+
+
+class PagedCache:
+    """Memory for `num_blocks` blocks in each layer: `keys[layer]` and `values[layer]` are
+    `(num_blocks, block_size, kv_heads, head_dim)`."""
+
+    def __init__(self, model: Transformer, num_blocks: int, block_size: int) -> None:
+        c = model.config
+        shape, device = (num_blocks, block_size, c.num_kv_heads, c.head_dim), model.output_weight.device
+        self.keys = [torch.empty(shape, dtype=model.dtype, device=device) for _ in range(c.num_layers)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    @staticmethod
+    def bytes_per_block(model: Transformer, block_size: int) -> int:
+        c = model.config
+        return 2 * c.num_layers * block_size * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+
+    def hidden_states(self, model: Transformer, chunks: list[Chunk]) -> Tensor:
+        """Computes the chunks, in their order: `(tokens, hidden_size)`."""
+        order = sorted(range(len(chunks)), key=lambda i: len(chunks[i].ids))
+        step = PagedStep(self, [chunks[i] for i in order])
+        device = self.keys[0].device
+        ids = torch.tensor([token for i in order for token in chunks[i].ids], device=device)
+        hidden = model.hidden_states(ids[None], step)[0]
+        if order == list(range(len(chunks))):
+            return hidden
+        pieces = dict(zip(order, hidden.split([len(chunks[i].ids) for i in order]), strict=True))
+        return torch.cat([pieces[i] for i in range(len(chunks))])
+
+
+@dataclass
+class _Group:
+    """Sequences with the same small number of new tokens, in rows `rows` of the step."""
+
+    rows: slice
+    size: int
+    query_len: int
+    block_table: Tensor  # (size, max_blocks) int32
+    context_lens: Tensor  # (size,) int32
+
+
+@dataclass
+class _Prefill:
+    """A longer chunk, in rows `rows` of the step."""
+
+    rows: slice
+    start: int
+    blocks: Tensor  # (blocks,) int64
+
+
+class PagedStep:
+    """What a model sees as its cache: `KVCache`'s protocol for one row of packed tokens. Chunks come shortest first."""
+
+    def __init__(self, cache: PagedCache, chunks: list[Chunk]) -> None:
+        self._cache = cache
+        device = cache.keys[0].device
+        block_size = cache.keys[0].shape[1]
+        positions: list[int] = []
+        slots: list[int] = []
+        self._groups: list[_Group] = []
+        self._prefills: list[_Prefill] = []
+        for query_len, members in groupby(chunks, key=lambda chunk: len(chunk.ids)):
+            group = list(members)
+            first_row = len(positions)
+            for chunk in group:
+                blocks = chunk.sequence.table.blocks
+                row, end = len(positions), chunk.start + query_len
+                positions.extend(range(chunk.start, end))
+                slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, end))
+                if query_len > MAX_QUERY_LEN:
+                    used = torch.tensor(blocks[: -(-end // block_size)], device=device)
+                    self._prefills.append(_Prefill(slice(row, row + query_len), chunk.start, used))
+            if query_len <= MAX_QUERY_LEN:
+                longest = max(len(chunk.sequence.table.blocks) for chunk in group)
+                table = [c.sequence.table.blocks + [0] * (longest - len(c.sequence.table.blocks)) for c in group]
+                self._groups.append(
+                    _Group(
+                        slice(first_row, len(positions)),
+                        len(group),
+                        query_len,
+                        torch.tensor(table, dtype=torch.int32, device=device),
+                        torch.tensor([c.start + query_len for c in group], dtype=torch.int32, device=device),
+                    )
+                )
+        self._end = max(positions) + 1
+        self._positions = torch.tensor([positions], device=device)
+        self._slots = torch.tensor(slots, device=device)
+
+    def end(self, seq: int) -> int:
+        return self._end
+
+    def positions(self, seq: int) -> Tensor:
+        return self._positions
+
+    def advance(self, seq: int) -> None:
+        pass
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        q, k, v = q[0], k[0], v[0]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
+        values.flatten(0, 1)[self._slots] = v.to(values.dtype)
+        out = torch.empty_like(q)
+        for group in self._groups:
+            out[group.rows] = decode_attention(
+                q[group.rows].unflatten(0, (group.size, group.query_len)),
+                keys,
+                values,
+                group.block_table,
+                group.context_lens,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            ).flatten(0, 1)
+        for prefill in self._prefills:
+            rows = prefill.rows
+            if prefill.start == 0:
+                its_keys, its_values = k[rows], v[rows]
+            else:
+                its_keys, its_values = _gather(keys, prefill, window), _gather(values, prefill, window)
+            its_out = attention(
+                q[None, rows],
+                its_keys[None].to(q.dtype),
+                its_values[None].to(q.dtype),
+                causal=True,
+                window=window,
+                softcap=softcap,
+                scale=scale,
+            )
+            assert isinstance(its_out, Tensor)
+            out[rows] = its_out[0]
+        return out[None]
+
+
+def _gather(memory: Tensor, prefill: _Prefill, window: int | None) -> Tensor:
+    """Keys or values that the chunk's queries see, `(tokens, kv_heads, head_dim)`."""
+    block_size = memory.shape[1]
+    first = 0 if window is None else max(0, prefill.start + 1 - window)
+    end = prefill.start + prefill.rows.stop - prefill.rows.start
+    skipped = first // block_size
+    return memory[prefill.blocks[skipped:]].flatten(0, 1)[first - skipped * block_size : end - skipped * block_size]
