@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "cpu/shuffle.hpp"
-#include "cpu/threads.hpp"
+#include "cpu/parallel.hpp"
 
 namespace fastlm::cpu {
 namespace {

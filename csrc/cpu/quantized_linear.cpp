@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/features.hpp"
-#include "cpu/threads.hpp"
+#include "cpu/parallel.hpp"
 #include "cpu/quantized_activations.hpp"
 #include "cpu/quantized_dot.hpp"
 
