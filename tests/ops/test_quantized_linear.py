@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlm.errors import BackendError
 from fastlm.ops import explain
 from fastlm.ops.quantized_linear import FORMATS, dequantize, in_features, quantized_linear
 from tests.ops.guarded import guarded
@@ -223,3 +224,21 @@ def test_what_does_not_fit_is_named():
         quantized_linear(x.half(), weight, "q8_0")
     with pytest.raises(ValueError, match=r"weight must be .* uint8"):
         dequantize(weight.int(), "q8_0")
+
+
+def test_the_backend_that_is_forced_serves(monkeypatch):
+    x, weight = torch.randn(2, 64), random_weight("q8_0", 5, 64)
+    fast = quantized_linear(x, weight, "q8_0")
+    monkeypatch.setenv("FASTLM_BACKEND", "reference")
+    exact = quantized_linear(x, weight, "q8_0")
+    torch.testing.assert_close(exact, x @ dequantize(weight, "q8_0").T)
+    assert not torch.equal(fast, exact)
+    monkeypatch.setenv("FASTLM_BACKEND", "triton")
+    with pytest.raises(BackendError, match="has no such backend"):
+        quantized_linear(x, weight, "q8_0")
+
+
+def test_a_gradient_is_refused_rather_than_left_out():
+    y = quantized_linear(torch.randn(2, 64, requires_grad=True), random_weight("q8_0", 5, 64), "q8_0")
+    with pytest.raises(RuntimeError):
+        y.sum().backward()

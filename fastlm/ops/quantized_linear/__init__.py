@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
-from fastlm.ops.quantized_linear import reference
+from fastlm.ops.quantized_linear import cpu, reference
 from fastlm.ops.quantized_linear.formats import FORMATS, in_features
 
 __all__ = ["FORMATS", "dequantize", "in_features", "quantized_linear"]
@@ -45,6 +45,8 @@ def quantized_linear(x: Tensor, weight: Tensor, quantization: str, bias: Tensor 
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"bias must be ({weight.shape[0]},) floating, not {tuple(bias.shape)} {bias.dtype}")
+    if cpu.serves_directly(x, weight):
+        return cpu.quantized_linear(x, weight, quantization, bias)
     return _quantized_linear(x, weight, quantization, bias)
 
 
