@@ -81,6 +81,14 @@ def test_what_does_not_fit_is_named():
         decode_attention(q, k, v, table, lengths, softcap=0.0)
 
 
+def test_a_gradient_is_refused_rather_than_left_out():
+    q, k, v, table, lengths = paged(
+        [9, 4], query_len=1, heads=4, kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32
+    )
+    with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
+        decode_attention(q.requires_grad_(), k, v, table, lengths).sum().backward()
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, **options) -> Tensor:
     options = {"scale": q.shape[-1] ** -0.5, "window": None, "softcap": None} | options
     return reference.decode_attention(q.double(), k.double(), v.double(), table, lengths, **options)

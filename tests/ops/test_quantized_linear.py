@@ -238,7 +238,11 @@ def test_the_backend_that_is_forced_serves(monkeypatch):
         quantized_linear(x, weight, "q8_0")
 
 
-def test_a_gradient_is_refused_rather_than_left_out():
-    y = quantized_linear(torch.randn(2, 64, requires_grad=True), random_weight("q8_0", 5, 64), "q8_0")
-    with pytest.raises(RuntimeError):
-        y.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64)])
+def test_gradients_are_those_of_the_weights_as_numbers(dtype, shape):
+    weight, grad = random_weight("q5_0", 5, 64), torch.randn(*shape[:-1], 5).to(dtype)
+    x, bias = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(5, requires_grad=True)
+    quantized_linear(x, weight, "q5_0", bias).backward(grad)
+    torch.testing.assert_close(x.grad, (grad.float() @ dequantize(weight, "q5_0")).to(dtype))
+    torch.testing.assert_close(bias.grad, grad.float().reshape(-1, 5).sum(0))
