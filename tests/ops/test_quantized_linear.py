@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlm.errors import BackendError
 from fastlm.ops import explain
 from fastlm.ops.quantized_linear import FORMATS, dequantize, in_features, quantized_linear
 from tests.ops.guarded import guarded
@@ -223,3 +224,25 @@ def test_what_does_not_fit_is_named():
         quantized_linear(x.half(), weight, "q8_0")
     with pytest.raises(ValueError, match=r"weight must be .* uint8"):
         dequantize(weight.int(), "q8_0")
+
+
+def test_the_backend_that_is_forced_serves(monkeypatch):
+    x, weight = torch.randn(2, 64), random_weight("q8_0", 5, 64)
+    fast = quantized_linear(x, weight, "q8_0")
+    monkeypatch.setenv("FASTLM_BACKEND", "reference")
+    exact = quantized_linear(x, weight, "q8_0")
+    torch.testing.assert_close(exact, x @ dequantize(weight, "q8_0").T)
+    assert not torch.equal(fast, exact)
+    monkeypatch.setenv("FASTLM_BACKEND", "triton")
+    with pytest.raises(BackendError, match="has no such backend"):
+        quantized_linear(x, weight, "q8_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64,), (2, 3, 64)])
+def test_gradients_are_those_of_the_weights_as_numbers(dtype, shape):
+    weight, grad = random_weight("q5_0", 5, 64), torch.randn(*shape[:-1], 5).to(dtype)
+    x, bias = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(5, requires_grad=True)
+    quantized_linear(x, weight, "q5_0", bias).backward(grad)
+    torch.testing.assert_close(x.grad, (grad.float() @ dequantize(weight, "q5_0")).to(dtype))
+    torch.testing.assert_close(bias.grad, grad.float().reshape(-1, 5).sum(0))

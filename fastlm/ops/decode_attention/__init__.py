@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def _check(
         raise ValueError(f"softcap must be above 0, not {softcap}")
 
 
-OP = Op("decode_attention", decode_attention, ("reference",))
+OP = Op("decode_attention", decode_attention, ("cpu", "reference"))
 
 
 def _run(
@@ -126,9 +127,24 @@ def _fake(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+class _DecodeAttention(torch.autograd.Function):
+    """Says that there is no gradient, where torch would go on without one."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return _decode_attention(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        raise RuntimeError(
+            "decode_attention has no gradient; to train, use attention on the keys and values themselves"
+        )
+
+
 _decode_attention = define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, float scale, "
     "int? window, float? softcap) -> Tensor",
     _run,
     _fake,
+    _DecodeAttention,
 )

@@ -1,0 +1,443 @@
+// Flash-decoding (Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html): keys and values are read
+// from memory once, for all query heads that share them and all queries of a sequence. A task is 256 tokens of one
+// sequence, cut at multiples of 256, whatever the batch and the threads; its result is a maximum, a sum and a weighted sum
+// of values for each row (query, head). A second pass combines them in order. Within a task tiles of 16 tokens go through
+// the online softmax. What limits is reading the cache; tiles are fetched ahead.
+//
+// A row's arithmetic is the same whatever other rows and sequences there are: tiles that it does not see leave its
+// maximum, sum and values as they are, bit for bit.
+#include "cpu/decode_attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/shuffle.hpp"
+#include "cpu/parallel.hpp"
+
+namespace fastlm::cpu {
+namespace {
+
+constexpr int64_t kSplit = 256;                // tokens of a task: 64 KB of a head of 64 in bf16, 6 µs at 10 GB/s
+constexpr int64_t kTile = kLanes;              // tokens of one step of the online softmax
+constexpr int64_t kBytesForThreads = 1 << 17;  // of keys and values, below which waking a thread takes longer
+constexpr int64_t kBytesAhead = 1 << 14;       // from the tile in use to the one being fetched, both in the first-level cache
+constexpr int64_t kTasksAThread = 4;           // splits a thread, from which on a task takes all heads of a split
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t EightInts __attribute__((vector_size(32)));
+
+struct Add {
+    template <class V>
+    static FASTLM_INLINE V of(const V& a, const V& b) {
+        return a + b;
+    }
+};
+
+struct Maximum {
+    template <class V>
+    static FASTLM_INLINE V of(const V& a, const V& b) {
+        return a > b ? a : b;
+    }
+};
+
+// One half of v with the other.
+template <class Operation, class Half, class V>
+FASTLM_INLINE Half fold(const V& v) {
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return Operation::of(low, high);
+}
+
+// to[i] = the sum, or the maximum, of v[i]'s elements, i < 4.
+template <class Operation>
+FASTLM_INLINE void reduce_four(const Floats* v, float* to) {
+    Eight a[4], b[2];
+    for (int i = 0; i < 4; ++i) a[i] = fold<Operation, Eight>(v[i]);
+    for (int i = 0; i < 2; ++i) {
+        const Eight low = FASTLM_SHUFFLE(EightInts, a[2 * i], a[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        const Eight high = FASTLM_SHUFFLE(EightInts, a[2 * i], a[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+        b[i] = Operation::of(low, high);
+    }
+    const Eight low = FASTLM_SHUFFLE(EightInts, b[0], b[1], 0, 1, 8, 9, 4, 5, 12, 13);
+    const Eight high = FASTLM_SHUFFLE(EightInts, b[0], b[1], 2, 3, 10, 11, 6, 7, 14, 15);
+    const Four four = fold<Operation, Four>(Operation::of(low, high));
+    std::memcpy(to, &four, sizeof four);
+}
+
+// A cache's elements are taken 32 at a time, as two vectors. Of 16-bit elements the first holds those of even and the
+// second those of odd index: a 32-bit word holds one of each, and shifts and masks are all it takes to part them. Queries
+// and sums of values are kept in this order, and the results put right at the end.
+constexpr int64_t kUnit = 2 * kLanes;
+
+FASTLM_INLINE void load_unit(const float* p, Floats* v) { v[0] = load(p), v[1] = load(p + kLanes); }
+
+FASTLM_INLINE void load_unit(const BFloat16* p, Floats* v) {
+    Bits words;
+    std::memcpy(&words, p, sizeof words);
+    v[0] = (Floats)(words << 16), v[1] = (Floats)(words & 0xffff0000u);
+}
+
+FASTLM_INLINE void load_unit(const Float16* p, Floats* v) {
+    Bits words;
+    std::memcpy(&words, p, sizeof words);
+    v[0] = half_to_float(words & 0xffffu), v[1] = half_to_float(words >> 16);
+}
+
+// As above, of the first `left` < 32 elements, the rest being 0.
+template <class C>
+FASTLM_INLINE void load_part_of_unit(const C* p, int64_t left, Floats* v) {
+    C lanes[kUnit] = {};
+    std::memcpy(lanes, p, left * sizeof(C));
+    load_unit(lanes, v);
+}
+
+// Where element i of a head is kept.
+template <class C>
+FASTLM_INLINE int64_t place(int64_t i) {
+    return sizeof(C) == 4 ? i : i / kUnit * kUnit + i % 2 * kLanes + i % kUnit / 2;
+}
+
+// Splits of one sequence that its queries see, and where their results go.
+struct Sequence {
+    int64_t first_split, splits;
+    float* partials;  // [kv_heads][splits] of: (rows, padded head_dim) values, then a maximum and a sum a row
+};
+
+// Heads [head, head + heads) of one split: one head, or all, whose tokens lie side by side in memory.
+struct Task {
+    int64_t batch, split, head, heads;
+};
+
+struct Partial {
+    float *values, *maximum, *sum;
+};
+
+template <class C>
+struct Work {
+    const DecodeAttention<C>* call;
+    const Sequence* sequences;
+    const Task* tasks;
+    int64_t rows;        // of a KV head: queries times the query heads that share it
+    int64_t padded_dim;  // head_dim rounded up to whole units
+
+    int64_t group() const { return call->shape.heads / call->shape.kv_heads; }
+    int64_t partial_size() const { return rows * (padded_dim + 2); }
+
+    Partial partial(int64_t batch, int64_t head, int64_t split) const {
+        const Sequence& sequence = sequences[batch];
+        float* p = sequence.partials + (head * sequence.splits + split - sequence.first_split) * partial_size();
+        return {p, p + rows * padded_dim, p + rows * (padded_dim + 1)};
+    }
+};
+
+FASTLM_INLINE Floats load_from(FloatType type, const void* p, int64_t at, int64_t left) {
+    if (type == FloatType::kFloat32) return load_up_to(static_cast<const float*>(p) + at, left);
+    if (type == FloatType::kBFloat16) return load_up_to(static_cast<const BFloat16*>(p) + at, left);
+    return load_up_to(static_cast<const Float16*>(p) + at, left);
+}
+
+FASTLM_INLINE void store_to(FloatType type, void* p, int64_t at, int64_t left, const Floats& v) {
+    if (type == FloatType::kFloat32) return store_up_to(static_cast<float*>(p) + at, left, v);
+    if (type == FloatType::kBFloat16) return store_up_to(static_cast<BFloat16*>(p) + at, left, v);
+    return store_up_to(static_cast<Float16*>(p) + at, left, v);
+}
+
+// scores[row][token] = q[row] · k[token] of kRows rows and a tile of tokens.
+template <int kRows, class C>
+FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const C* k, const int64_t* offsets, int64_t head_dim,
+                                float (*scores)[kTile]) {
+    for (int token = 0; token < kTile; token += 4) {
+        Floats sums[kRows][4];
+        for (int row = 0; row < kRows; ++row) {
+            for (int t = 0; t < 4; ++t) sums[row][t] = Floats{};
+        }
+        const C* at[4];
+        for (int t = 0; t < 4; ++t) at[t] = k + offsets[token + t];
+        const auto add = [&](int64_t i, const Floats (*keys)[2]) __attribute__((always_inline)) {
+            for (int row = 0; row < kRows; ++row) {
+                for (int half = 0; half < 2; ++half) {
+                    const Floats query = load(q + row * padded_dim + i + half * kLanes);
+                    for (int t = 0; t < 4; ++t) sums[row][t] += query * keys[t][half];
+                }
+            }
+        };
+        int64_t i = 0;
+        Floats keys[4][2];
+        for (; i + kUnit <= head_dim; i += kUnit) {
+            for (int t = 0; t < 4; ++t) load_unit(at[t] + i, keys[t]);
+            add(i, keys);
+        }
+        if (i < head_dim) {
+            for (int t = 0; t < 4; ++t) load_part_of_unit(at[t] + i, head_dim - i, keys[t]);
+            add(i, keys);
+        }
+        for (int row = 0; row < kRows; ++row) reduce_four<Add>(sums[row], &scores[row][token]);
+    }
+}
+
+// values[row] = values[row] · factor[row] + Σ weights[row][token] · v[token], over kUnits units of the head, or the part
+// of a unit that is `left`.
+template <int kRows, int kUnits, bool kPart, class C>
+FASTLM_INLINE void add_values(float* values, int64_t padded_dim, const float* factor, const float (*weights)[kTile],
+                              const C* v, const int64_t* offsets, int64_t left) {
+    constexpr int kVectors = 2 * kUnits;
+    Floats sums[kRows][kVectors];
+    for (int row = 0; row < kRows; ++row) {
+        for (int i = 0; i < kVectors; ++i) sums[row][i] = load(values + row * padded_dim + i * kLanes) * factor[row];
+    }
+    for (int token = 0; token < kTile; ++token) {
+        const C* at = v + offsets[token];
+        Floats value[kVectors];
+        for (int i = 0; i < kUnits; ++i) {
+            kPart ? load_part_of_unit(at, left, value) : load_unit(at + i * kUnit, value + 2 * i);
+        }
+        for (int row = 0; row < kRows; ++row) {
+            for (int i = 0; i < kVectors; ++i) sums[row][i] += weights[row][token] * value[i];
+        }
+    }
+    for (int row = 0; row < kRows; ++row) {
+        for (int i = 0; i < kVectors; ++i) store(values + row * padded_dim + i * kLanes, sums[row][i]);
+    }
+}
+
+struct Attend {
+    template <class C>
+    static FASTLM_INLINE void run(const Work<C>& work, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) attend(work, work.tasks[i]);
+    }
+
+    template <class C>
+    static FASTLM_INLINE void attend(const Work<C>& work, const Task& task) {
+        const DecodeAttention<C>& call = *work.call;
+        const DecodeShape& shape = call.shape;
+        const int64_t length = call.context_lens[task.batch], start = task.split * kSplit;
+        const int64_t first = std::max(start, first_visible(length, shape.query_len, call.window));
+        const int64_t last = std::min(length, start + kSplit);  // tokens [first, last) are seen by some query
+
+        int64_t k_offsets[kSplit], v_offsets[kSplit];
+        const int64_t tiles_begin = (first - start) / kTile * kTile;
+        const int64_t tiles_end = (last - start + kTile - 1) / kTile * kTile;
+        const int32_t* table = call.block_table + task.batch * shape.max_blocks;
+        int64_t block = first / shape.block_size, slot = first % shape.block_size;
+        for (int64_t t = first - start; t < last - start; ++t) {
+            k_offsets[t] = table[block] * call.strides.k_block + slot * call.strides.k_slot;
+            v_offsets[t] = table[block] * call.strides.v_block + slot * call.strides.v_slot;
+            if (++slot == shape.block_size) slot = 0, ++block;
+        }
+        for (int64_t* offsets : {k_offsets, v_offsets}) {  // tokens that nobody sees stand for the nearest that is seen
+            std::fill(offsets + tiles_begin, offsets + (first - start), offsets[first - start]);
+            std::fill(offsets + (last - start), offsets + tiles_end, offsets[last - start - 1]);
+        }
+        thread_local std::vector<float> q_buffer;
+        q_buffer.assign(task.heads * work.rows * work.padded_dim, 0.0f);
+        for (int64_t head = 0; head < task.heads; ++head) {
+            load_queries(work, task.batch, task.head + head, &q_buffer[head * work.rows * work.padded_dim]);
+            const Partial partial = work.partial(task.batch, task.head + head, task.split);
+            std::fill(partial.values, partial.maximum, 0.0f);
+            std::fill(partial.maximum, partial.sum, kNone);
+            std::fill(partial.sum, partial.sum + work.rows, 0.0f);
+        }
+        const int64_t steps = (tiles_end - tiles_begin) / kTile * task.heads;
+        const int64_t step_bytes = 2 * kTile * shape.head_dim * static_cast<int64_t>(sizeof(C));
+        const int64_t ahead = std::max<int64_t>(1, kBytesAhead / step_bytes);
+        for (int64_t i = -ahead; i < steps; ++i) {
+            if (i + ahead < steps) fetch(tile_of(work, task, tiles_begin, i + ahead, k_offsets, v_offsets), shape.head_dim);
+            if (i < 0) continue;
+            const int64_t head = i % task.heads;
+            const Tile<C> tile = tile_of(work, task, tiles_begin, i, k_offsets, v_offsets);
+            const Partial partial = work.partial(task.batch, task.head + head, task.split);
+            const float* q = &q_buffer[head * work.rows * work.padded_dim];
+            for (int64_t row = 0; row < work.rows; row += 4) {
+                switch (work.rows - row) {
+                    case 1: softmax_step<1>(work, partial, q, row, tile); break;
+                    case 2: softmax_step<2>(work, partial, q, row, tile); break;
+                    case 3: softmax_step<3>(work, partial, q, row, tile); break;
+                    default: softmax_step<4>(work, partial, q, row, tile);
+                }
+            }
+        }
+    }
+
+    // Sixteen tokens of a head.
+    template <class C>
+    struct Tile {
+        int64_t token;           // the first
+        int64_t first_position;  // of the first query
+        const C *k, *v;
+        const int64_t *k_offsets, *v_offsets;
+    };
+
+    // Step i of a task: its heads in turn, tile by tile.
+    template <class C>
+    static FASTLM_INLINE Tile<C> tile_of(const Work<C>& work, const Task& task, int64_t tiles_begin, int64_t i,
+                                         const int64_t* k_offsets, const int64_t* v_offsets) {
+        const DecodeAttention<C>& call = *work.call;
+        const int64_t head = task.head + i % task.heads, t = tiles_begin + i / task.heads * kTile;
+        return {task.split * kSplit + t,
+                call.context_lens[task.batch] - call.shape.query_len,
+                call.k + head * call.strides.k_head,
+                call.v + head * call.strides.v_head,
+                k_offsets + t,
+                v_offsets + t};
+    }
+
+    template <class C>
+    static FASTLM_INLINE void fetch(const Tile<C>& tile, int64_t head_dim) {
+        for (int token = 0; token < kTile; ++token) {
+            const char* k = reinterpret_cast<const char*>(tile.k + tile.k_offsets[token]);
+            const char* v = reinterpret_cast<const char*>(tile.v + tile.v_offsets[token]);
+            for (int64_t i = 0; i < head_dim * static_cast<int64_t>(sizeof(C)); i += 64) {
+                __builtin_prefetch(k + i), __builtin_prefetch(v + i);
+            }
+        }
+    }
+
+    template <class C>
+    static FASTLM_INLINE void load_queries(const Work<C>& work, int64_t batch, int64_t head, float* q) {
+        const DecodeAttention<C>& call = *work.call;
+        for (int64_t row = 0; row < work.rows; ++row) {
+            const int64_t at = batch * call.strides.batch + row / work.group() * call.strides.seq +
+                               (head * work.group() + row % work.group()) * call.strides.head;
+            for (int64_t i = 0; i < call.shape.head_dim; i += kLanes) {
+                const Floats query = load_from(call.type, call.q, at + i, call.shape.head_dim - i) * call.scale;
+                for (int64_t j = 0; j < kLanes; ++j) q[row * work.padded_dim + place<C>(i + j)] = query[j];
+            }
+        }
+    }
+
+    // One step of the online softmax for kRows rows and a tile.
+    template <int kRows, class C>
+    static FASTLM_INLINE void softmax_step(const Work<C>& work, const Partial& partial, const float* q, int64_t row,
+                                           const Tile<C>& tile) {
+        const DecodeAttention<C>& call = *work.call;
+        const int64_t head_dim = call.shape.head_dim, padded = work.padded_dim;
+        float scores[kRows][kTile], factor[kRows], highest[4], total[4];
+        Floats x[4] = {};
+        dot_products<kRows>(q + row * padded, padded, tile.k, tile.k_offsets, head_dim, scores);
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t position = tile.first_position + (row + r) / work.group();
+            const int64_t from = call.window ? position - call.window + 1 : 0;
+            x[r] = load(scores[r]);
+            if (call.softcap != 0.0f) x[r] = call.softcap * tanh(x[r] / call.softcap);
+            if (from > tile.token || position < tile.token + kTile - 1) {
+                const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                x[r] = lane >= clamped(from - tile.token) ? x[r] : broadcast(kNone);
+                x[r] = lane <= clamped(position - tile.token) ? x[r] : broadcast(kNone);
+            }
+        }
+        reduce_four<Maximum>(x, highest);
+        for (int r = 0; r < kRows; ++r) {
+            float& before = partial.maximum[row + r];
+            highest[r] = std::max(before, highest[r]);
+            const float shift = highest[r] == kNone ? 0.0f : highest[r];  // -inf - shift is then -inf, and its weight 0
+            factor[r] = before == highest[r] ? 1.0f : exp(broadcast(before - shift))[0];
+            before = highest[r];
+            x[r] = exp(x[r] - shift);
+            store(scores[r], x[r]);
+        }
+        reduce_four<Add>(x, total);
+        for (int r = 0; r < kRows; ++r) partial.sum[row + r] = partial.sum[row + r] * factor[r] + total[r];
+        float* values = partial.values + row * padded;
+        int64_t i = 0;
+        for (; i + 2 * kUnit <= head_dim; i += 2 * kUnit) {
+            add_values<kRows, 2, false>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, 0);
+        }
+        if (i + kUnit <= head_dim) {
+            add_values<kRows, 1, false>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, 0);
+            i += kUnit;
+        }
+        if (i < head_dim) {
+            add_values<kRows, 1, true>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, head_dim - i);
+        }
+    }
+
+    static FASTLM_INLINE int32_t clamped(int64_t lane) { return static_cast<int32_t>(std::clamp<int64_t>(lane, -1, kTile)); }
+};
+
+struct Combine {
+    template <class C>
+    static FASTLM_INLINE void run(const Work<C>& work, int64_t begin, int64_t end) {
+        const int64_t kv_heads = work.call->shape.kv_heads;
+        for (int64_t i = begin; i < end; ++i) {
+            for (int64_t row = 0; row < work.rows; ++row) combine(work, i / kv_heads, i % kv_heads, row);
+        }
+    }
+
+    template <class C>
+    static FASTLM_INLINE void combine(const Work<C>& work, int64_t batch, int64_t head, int64_t row) {
+        const DecodeShape& shape = work.call->shape;
+        const Sequence& sequence = work.sequences[batch];
+        const int64_t begin = sequence.first_split, end = begin + sequence.splits;
+        float highest = kNone, total = 0.0f;
+        for (int64_t s = begin; s < end; ++s) highest = std::max(highest, work.partial(batch, head, s).maximum[row]);
+        const float shift = highest == kNone ? 0.0f : highest;
+        thread_local std::vector<float> result, in_order;
+        result.assign(work.padded_dim, 0.0f);
+        for (int64_t s = begin; s < end; ++s) {
+            const Partial partial = work.partial(batch, head, s);
+            const float factor = exp(broadcast(partial.maximum[row] - shift))[0];
+            total += partial.sum[row] * factor;
+            const float* values = partial.values + row * work.padded_dim;
+            for (int64_t i = 0; i < work.padded_dim; i += kLanes) {
+                store(&result[i], load(&result[i]) + load(values + i) * factor);
+            }
+        }
+        in_order.resize(work.padded_dim);
+        for (int64_t i = 0; i < work.padded_dim; ++i) in_order[i] = result[place<C>(i)];
+        const int64_t query = row / work.group(), query_head = head * work.group() + row % work.group();
+        const int64_t at = ((batch * shape.query_len + query) * shape.heads + query_head) * shape.head_dim;
+        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        for (int64_t i = 0; i < shape.head_dim; i += kLanes) {
+            store_to(work.call->type, work.call->out, at + i, shape.head_dim - i, load(&in_order[i]) * inverse);
+        }
+    }
+};
+
+}  // namespace
+
+template <class C>
+void decode_attention(const DecodeAttention<C>& call, int num_threads) {
+    const DecodeShape& shape = call.shape;
+    Work<C> work{&call, nullptr, nullptr, shape.query_len * (shape.heads / shape.kv_heads),
+                 (shape.head_dim + kUnit - 1) / kUnit * kUnit};
+    std::vector<Sequence> sequences;
+    int64_t tokens = 0, splits = 0;
+    for (int64_t batch = 0; batch < shape.batch; ++batch) {
+        const int64_t length = call.context_lens[batch], first = first_visible(length, shape.query_len, call.window);
+        const int64_t end = (length + kSplit - 1) / kSplit;
+        sequences.push_back({first / kSplit, std::max<int64_t>(end - first / kSplit, 0), nullptr});
+        tokens += length - first, splits += sequences.back().splits;
+    }
+    const std::unique_ptr<float[]> partials(new float[splits * shape.kv_heads * work.partial_size()]);
+    float* next = partials.get();
+    for (Sequence& sequence : sequences) {
+        sequence.partials = next;
+        next += sequence.splits * shape.kv_heads * work.partial_size();
+    }
+    const int64_t bytes = 2 * tokens * shape.kv_heads * shape.head_dim * static_cast<int64_t>(sizeof(C));
+    if (bytes < kBytesForThreads) num_threads = 1;
+    const int64_t heads = splits >= kTasksAThread * num_threads ? shape.kv_heads : 1;
+    std::vector<Task> tasks;
+    for (int64_t batch = 0; batch < shape.batch; ++batch) {
+        for (int64_t s = 0; s < sequences[batch].splits; ++s) {
+            for (int64_t head = 0; head < shape.kv_heads; head += heads) {
+                tasks.push_back({batch, sequences[batch].first_split + s, head, heads});
+            }
+        }
+    }
+    work.sequences = sequences.data(), work.tasks = tasks.data();
+    run_parallel<Attend>(work, static_cast<int64_t>(tasks.size()), 1, num_threads);
+    run_parallel<Combine>(work, shape.batch * shape.kv_heads, 8, num_threads);
+}
+
+template void decode_attention(const DecodeAttention<float>&, int);
+template void decode_attention(const DecodeAttention<BFloat16>&, int);
+template void decode_attention(const DecodeAttention<Float16>&, int);
+
+}  // namespace fastlm::cpu
