@@ -21,6 +21,7 @@ import torch
 
 from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference.block_manager import BlockManager
+from fastlm.inference.grammar import GrammarCompiler
 from fastlm.inference.model_runner import ChunkResult, ModelRunner
 from fastlm.inference.outputs import FinishReason, Piece
 from fastlm.inference.paged_cache import PagedCache
@@ -138,6 +139,7 @@ class Engine:
             draft=self._propose if self.num_drafts else None,
         )
         self.runner = ModelRunner(model, cache, min(tokenizer.vocab_size, model.config.vocab_size), self._eos)
+        self._grammars = GrammarCompiler(tokenizer, self.runner.vocab_size)
         self._sequences: dict[Hashable, list[Sequence]] = {}
         self._ready: list[Piece] = []  # pieces that need no step
         self._stats = Stats()
@@ -188,7 +190,15 @@ class Engine:
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
         self.check(ids, params, pooling)
         sequences = [
-            Sequence(request_id, i, ids, params, seed=(params.seed + i) % (1 << 63), pooling=pooling)
+            Sequence(
+                request_id,
+                i,
+                ids,
+                params,
+                seed=(params.seed + i) % (1 << 63),
+                pooling=pooling,
+                matcher=self._grammars.matcher(params),
+            )
             for i in range(1 if pooling else params.n)
         ]
         self._stats.prompt_tokens += len(ids)
@@ -214,6 +224,7 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
                 raise ConfigError(f"{name} is {getattr(params, name)}; the model has {vocab_size} tokens")
+        self._grammars.matcher(params)
         most = 0 if pooling else params.max_tokens
         total = len(ids) + most
         if self.context_length is not None:
@@ -300,6 +311,10 @@ class Engine:
                 return pieces
             text = sequence.accept(drawn.token, self.tokenizer)
             self._stats.generated_tokens += 1
+            if sequence.matcher is not None and sequence.matcher.error is not None:
+                error = f"the grammar cannot be followed further: {sequence.matcher.error}"
+                pieces.append(self._piece(sequence, None, text=text, finish_reason="error", error=error))
+                return pieces
             if sequence.finish_reason is None and self._is_full(sequence) and self.past_context == "stop":
                 sequence.finish_reason = "length"
                 text += sequence.text.finish()
@@ -351,6 +366,8 @@ class Engine:
             self._stats.finished += 1
 
     def _propose(self, sequence: Sequence) -> list[int]:
+        if sequence.matcher is not None:  # each draw needs to know where the grammar stands
+            return []
         most = min(self.num_drafts, sequence.params.max_tokens - sequence.generated - 1)
         if self.context_length is not None:
             most = min(most, self.context_length - sequence.window_length)
