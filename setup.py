@@ -71,6 +71,12 @@ def find_nvcc() -> str:
 class NinjaBuild(build_ext):
     """Writes one build.ninja for each extension module and runs it."""
 
+    def run(self) -> None:
+        check_cxx20(find_compiler())
+        if os.environ.get("FASTLM_CUDA") == "1":
+            find_nvcc()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +92,6 @@ class NinjaBuild(build_ext):
         from ninja.ninja_syntax import Writer
 
         compiler = find_compiler()
-        check_cxx20(compiler)
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
         include_flags = [f"-I{shlex.quote(str(p))}" for p in includes]
         is_cuda = any(s.suffix == ".cu" for s in sources)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -203,6 +204,10 @@ def _normalizer_excluded(definition: str, ours: Tokenizer) -> frozenset[str]:
         json.dumps({"normalizer": json.loads(definition), "model": {"type": "BPE", "vocab": {}, "merges": []}})
     ).normalizer
     differ: set[str] = set()
+    composed = [unicodedata.normalize("NFD", char) for char in _EVERYTHING if unicodedata.decomposition(char)]
+    for text in composed:
+        if len(text) > 1 and theirs.normalize_str(text) != ours.settings.normalizer(text):
+            differ |= set(text)
     for before, after in (
         ("", ""),
         ("a\u0301", ""),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import quick_interpreter
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -19,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = config.getoption("markexpr") or ""
     if expression.strip() not in ("aot", "gpu"):
         os.environ["TRITON_INTERPRET"] = "1"
+        quick_interpreter.install()
 
 
 @pytest.fixture(scope="session")

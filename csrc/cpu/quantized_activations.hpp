@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/quantized_tile.hpp"
+#include "cpu/quantized_dot.hpp"
 #include "cpu/vector16.hpp"
 
 namespace fastlm::cpu {

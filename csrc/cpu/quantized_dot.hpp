@@ -1,6 +1,7 @@
 // sums[row][feature] += tile · activations, for each instruction set. All compute, for each group of weights in order,
 //     sums += float(integer dot product + correction) · (weight scale · activation scale)  -  minimum · activation sum
-// where the integers are exact.
+// where the integers are exact, and what is done in floats is the same for every number of rows: a row's result does not
+// depend on the rows beside it.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +14,22 @@
 
 namespace fastlm::cpu {
 
+constexpr int kMaxRowsOnce = 6;  // rows of activations that a kernel takes at once: 6 · 2 sums fit the registers
+
+// Rows of activations, at most kMaxRowsOnce, over a panel.
+struct Activations {
+    const int8_t* q;            // [inputs / 4][rows][4]
+    const float* scale;         // [inputs / 32][rows]
+    const int32_t* correction;  // [inputs / weights' group][rows]: -kOffset · the sum of q in the group
+    const float* sum;           // [inputs / 32][rows]: scale · the sum of q
+};
+
 using Sums = float (*)[kTileRows];
 
 struct Portable {
     template <class Format>
-    static void unpack(const uint8_t* weight, int64_t stride, int rows, int blocks, Tile& tile) {
-        unpack_tile<Format>(weight, stride, rows, blocks, tile);
+    static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
+        unpack_tile<Format, EightRows>(weight, stride, blocks, ahead, tile);
     }
 
     template <class Format, int kRows>
@@ -56,8 +67,8 @@ FASTLM_INLINE Floats to_floats(__m512i v) { return __builtin_convertvector((Ints
 
 struct Avx512Vnni {
     template <class Format>
-    FASTLM_AVX512_VNNI static void unpack(const uint8_t* weight, int64_t stride, int rows, int blocks, Tile& tile) {
-        unpack_tile<Format>(weight, stride, rows, blocks, tile);
+    FASTLM_AVX512_VNNI static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
+        unpack_tile<Format, SixteenRows>(weight, stride, blocks, ahead, tile);
     }
 
     template <class Format, int kRows>
@@ -113,8 +124,8 @@ struct Avx512Vnni {
 
 struct Avx2 {
     template <class Format>
-    FASTLM_AVX2 static void unpack(const uint8_t* weight, int64_t stride, int rows, int blocks, Tile& tile) {
-        unpack_tile<Format>(weight, stride, rows, blocks, tile);
+    FASTLM_AVX2 static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
+        unpack_tile<Format, EightRows>(weight, stride, blocks, ahead, tile);
     }
 
     // Products of pairs are added in 16 bits, which saturate: two steps of weights up to 63 fit (2 · 2 · 63 · 127), and

@@ -15,6 +15,7 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t kChunkRows = 192;     // rows of x at a time: 192 · 512 bytes of a panel, with their sums 120 KB
+constexpr int64_t kFetchAhead = 4096;   // bytes, at least, from the weights being unpacked to those being fetched
 constexpr int64_t kRowsInParallel = 16;  // fewer are quantized by one thread: waking another takes longer
 
 template <class Format, class Isa>
@@ -29,20 +30,42 @@ void dot(const Tile& tile, int groups, const Activations& x, int64_t rows, Sums 
     }
 }
 
+// The last, incomplete tile: its rows of a panel, and rows of zeros to make 32.
+template <class Format>
+struct PaddedRows {
+    static constexpr int kStride = kPanel / Format::kBlock * Format::kBlockBytes;
+    uint8_t bytes[kTileRows][kStride];
+
+    PaddedRows(const uint8_t* weight, int64_t stride, int rows, int blocks) {
+        std::memset(bytes, 0, sizeof bytes);
+        for (int row = 0; row < rows; ++row) std::memcpy(bytes[row], weight + row * stride, blocks * Format::kBlockBytes);
+    }
+};
+
 // Output features [32 begin, 32 end) of the rows in `x`, which start at row `first` of the call.
 template <class Format, class Isa, class T>
 void multiply(const QuantizedLinear<T>& call, const QuantizedRows<T>& x, int64_t first, int64_t begin, int64_t end) {
     Tile tile;
     alignas(64) float sums[kChunkRows][kTileRows];
+    const int64_t tile_bytes = kTileRows * call.weight_stride;
+    const int64_t fetch_distance = (kFetchAhead + tile_bytes - 1) / tile_bytes * tile_bytes;
     for (int64_t i = begin; i < end; ++i) {
         const int64_t feature = i * kTileRows;
         const int features = static_cast<int>(std::min<int64_t>(kTileRows, call.out_features - feature));
+        const uint8_t* weight = call.weight + feature * call.weight_stride;
+        uintptr_t ahead = reinterpret_cast<uintptr_t>(weight) + fetch_distance;
         std::fill(&sums[0][0], &sums[x.batches.rows][0], 0.0f);
         for (int64_t k = 0; k < call.in_features; k += kPanel) {
             const int inputs = static_cast<int>(std::min<int64_t>(kPanel, call.in_features - k));
-            const uint8_t* weight =
-                call.weight + feature * call.weight_stride + k / Format::kBlock * Format::kBlockBytes;
-            Isa::template unpack<Format>(weight, call.weight_stride, features, inputs / Format::kBlock, tile);
+            const int blocks = inputs / Format::kBlock;
+            if (features == kTileRows) {
+                Isa::template unpack<Format>(weight, call.weight_stride, blocks, ahead, tile);
+            } else {
+                const PaddedRows<Format> rows(weight, call.weight_stride, features, blocks);
+                Isa::template unpack<Format>(rows.bytes[0], rows.kStride, blocks, ahead, tile);
+            }
+            weight += blocks * Format::kBlockBytes;
+            ahead += kTileRows * blocks * Format::kBlockBytes;
             for (int64_t batch = 0; batch < x.batches.count; ++batch) {
                 dot<Format, Isa>(tile, inputs / Format::kGroup, x.at(batch, k), x.batches.size(batch),
                                  sums + x.batches.begin(batch));

@@ -3,8 +3,16 @@
 #include <utility>
 
 #include "tokenizer/merge_piece.hpp"
+#include "tokenizer/merge_runs.hpp"
 
 namespace fastlm::tokenizer {
+
+namespace {
+
+constexpr size_t kRunBytes = 64;         // shorter rulers are mostly tokens, or are in the cache
+constexpr size_t kTriesForEachByte = 2;  // text needs one in ten; with more, merging is faster
+
+}  // namespace
 
 Backtracker::Backtracker(const Vocabulary& vocabulary, const MergeRules& rules) : rules_(rules) {
     origins_.resize(vocabulary.num_ids());
@@ -42,6 +50,13 @@ Backtracker::Backtracker(const Vocabulary& vocabulary, const MergeRules& rules) 
     applies_ = true;
 }
 
+bool Backtracker::may_follow(uint32_t left, uint32_t right, BacktrackScratch& scratch) const {
+    const uint64_t pair = static_cast<uint64_t>(left) << 32 | right;
+    uint64_t& known = scratch.known_pairs[mix(pair, 0x9e3779b97f4a7c15u) % BacktrackScratch::kKnownPairs];
+    if (known >> 2 != pair || !known) known = pair << 2 | 2 | (may_be_adjacent(left, right) ? 1 : 0);
+    return known & 1;
+}
+
 // Whether merging leaves `left` `right` as they are: whether no merge across the border comes before those that put
 // away the two parts it would join. Goes back in time from the whole tokens to the single bytes beside the border.
 bool Backtracker::may_be_adjacent(uint32_t left, uint32_t right) const {
@@ -67,23 +82,31 @@ bool Backtracker::may_be_adjacent(uint32_t left, uint32_t right) const {
     }
 }
 
-void Backtracker::encode(std::string_view piece, std::vector<uint64_t>& hopeless, IdBuffer& ids) const {
+bool Backtracker::encode(std::string_view piece, BacktrackScratch& scratch, IdBuffer& ids) const {
+    if (piece.size() >= kRunBytes && merge_runs(rules_, piece, ids)) return true;
     const auto* text = reinterpret_cast<const uint8_t*>(piece.data());
     const uint8_t* end = text + piece.size();
+    std::vector<uint64_t>& hopeless = scratch.hopeless;
     hopeless.assign(piece.size() / 64 + 1, 0);
     const size_t first = ids.size();
-    ids.reserve(piece.size());
+    size_t tries_left = kTriesForEachByte * piece.size();
     size_t position = 0;
     uint32_t token = trie_.longest(text, end);
     for (;;) {
         const size_t after = position + origins_[token].size;
         const bool is_first = ids.size() == first;
-        if (!(hopeless[after >> 6] >> (after & 63) & 1) && (is_first || may_be_adjacent(ids.end()[-1], token))) {
+        if (!(hopeless[after >> 6] >> (after & 63) & 1) && (is_first || may_follow(ids.end()[-1], token, scratch))) {
             ids.push(token);
             position = after;
-            if (position == piece.size()) return;
+            if (position == piece.size()) return true;
             token = trie_.longest(text + position, end);
-        } else if (origins_[token].prefix != TokenTrie::kNone) {
+            continue;
+        }
+        if (tries_left-- == 0) {
+            ids.truncate(first);
+            return false;
+        }
+        if (origins_[token].prefix != TokenTrie::kNone) {
             token = origins_[token].prefix;
         } else {
             hopeless[position >> 6] |= uint64_t{1} << (position & 63);

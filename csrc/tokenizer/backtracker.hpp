@@ -6,7 +6,7 @@
 // alone as well. So: take the longest token; if it may not stand there, or what follows has no solution, a shorter
 // one, or another before it. A position without solution is not tried again.
 //
-// Limited by latency: about one load for each byte in the trie and two or three in the table of merges for each token.
+// Limited by latency: about one load for each byte in the trie, and one for each pair of tokens that was seen before.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,20 @@
 
 namespace fastlm::tokenizer {
 
+// What one thread keeps from one piece to the next.
+struct BacktrackScratch {
+    static constexpr size_t kKnownPairs = 1 << 12;  // 32 KiB, a part of the L2 cache
+
+    std::vector<uint64_t> hopeless;  // one bit for each position
+    // Recent pairs: left << 34 | right << 2 | 2 | whether they may be adjacent; 0 is no pair.
+    std::vector<uint64_t> known_pairs = std::vector<uint64_t>(kKnownPairs);
+
+    // A piece of megabytes is rare, so the room for it is not kept.
+    void shrink() {
+        if (hopeless.capacity() > (1 << 16)) hopeless = {};
+    }
+};
+
 class Backtracker {
 public:
     // `rules` must outlive it.
@@ -29,8 +43,8 @@ public:
     // False if some merge joins a token that is made after it, or a token is made in two ways.
     bool applies() const { return applies_; }
 
-    // Appends the ids of `piece`. `hopeless` is scratch space, one bit for each position.
-    void encode(std::string_view piece, std::vector<uint64_t>& hopeless, IdBuffer& ids) const;
+    // Appends the ids of `piece`, or returns false where there are so many dead ends that merging is faster.
+    bool encode(std::string_view piece, BacktrackScratch& scratch, IdBuffer& ids) const;
 
 private:
     // How merging makes a token.
@@ -42,6 +56,7 @@ private:
         uint32_t size = 0;                   // bytes; 0 for a token that merging never makes
     };
 
+    bool may_follow(uint32_t left, uint32_t right, BacktrackScratch& scratch) const;
     bool may_be_adjacent(uint32_t left, uint32_t right) const;
 
     const MergeRules& rules_;

@@ -231,18 +231,29 @@ private:
         return {};
     }
 
+    // A list of the int objects that are kept. Where they are and they themselves are fetched ahead: after other work, all
+    // of that is in memory and in no cache.
     py::list to_list(const IdBuffer& ids) const {
-        py::list list(ids.size());
-        constexpr size_t ahead = 12;  // about as many ints as a cache miss to memory takes to put into the list
-        for (size_t i = 0; i < ids.size(); ++i) {
-            if (i + ahead < ids.size() && ids.data()[i + ahead] < ints_.size()) {
-                __builtin_prefetch(ints_[ids.data()[i + ahead]].ptr(), 1);
-            }
+        constexpr size_t object_ahead = 16;
+        constexpr size_t pointer_ahead = 32;
+        const size_t count = ids.size();
+        py::list list(count);
+        PyObject** items = PySequence_Fast_ITEMS(list.ptr());
+        const auto put = [&](size_t i) {
             const uint32_t id = ids.data()[i];
-            PyObject* value = id < ints_.size() ? ints_[id].inc_ref().ptr() : PyLong_FromUnsignedLong(id);
-            if (!value) throw py::error_already_set();
-            PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value);
+            items[i] = id < ints_.size() ? ints_[id].inc_ref().ptr() : PyLong_FromUnsignedLong(id);
+            if (!items[i]) throw py::error_already_set();
+        };
+        size_t i = 0;
+        for (; i + pointer_ahead < count; ++i) {
+            // An id beyond the table belongs to a special token; prefetching from a wrong address does no harm.
+            __builtin_prefetch(ints_.data() + ids.data()[i + pointer_ahead]);
+            if (const uint32_t id = ids.data()[i + object_ahead]; id < ints_.size()) {
+                __builtin_prefetch(ints_[id].ptr(), 1);
+            }
+            put(i);
         }
+        for (; i < count; ++i) put(i);
         return list;
     }
 

@@ -12,8 +12,8 @@ namespace fastlm::tokenizer {
 struct EncodeState {
     PieceCache cache;
     LongPieceCache long_cache;
-    MergeScratch scratch;
-    std::vector<uint64_t> hopeless;
+    MergeScratch merging;
+    BacktrackScratch backtracking;
 };
 
 // Borrows an idle state, or makes one, for the time of one call.
@@ -36,8 +36,8 @@ public:
     }
     EncodeState& operator*() { return *state_; }
     void complete() {
-        state_->scratch.shrink();
-        if (state_->hopeless.capacity() > (1 << 16)) state_->hopeless = {};
+        state_->merging.shrink();
+        state_->backtracking.shrink();
         completed_ = true;
     }
 
@@ -144,11 +144,8 @@ void BpeEncoder::encode_uncached(std::string_view piece, EncodeState& state, IdB
         const uint32_t id = vocabulary_.find(piece);
         if (id != Vocabulary::kNone) return ids.push(id);
     }
-    if (backtracker_.applies()) {
-        backtracker_.encode(piece, state.hopeless, ids);
-    } else {
-        merge_piece(rules_, piece, state.scratch, ids);
-    }
+    if (backtracker_.applies() && backtracker_.encode(piece, state.backtracking, ids)) return;
+    merge_piece(rules_, piece, state.merging, ids);
 }
 
 }  // namespace fastlm::tokenizer

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, exact to the id, their training, and text at other granularities.
+"""BPE tokenizers, byte-level and SentencePiece's, exact to the id, their training, and text at other granularities.
 
 Names load on first use, so importing this package needs no native core.
 """
@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlm.tokenizer.added_tokens import AddedToken, Settings
     from fastlm.tokenizer.granularity import (
         GRANULARITIES,
         characters,
@@ -19,12 +20,21 @@ if TYPE_CHECKING:
         subwords,
         words,
     )
+    from fastlm.tokenizer.sentencepiece import SentencePieceTokenizer, SpaceRules
     from fastlm.tokenizer.streaming import DecodeStream
+    from fastlm.tokenizer.tiktoken_adapter import as_tiktoken
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.tokenizer.trainer import BpeTrainer, TrainingProgress, TrainingReport
+    from fastlm.tokenizer.transformers_adapter import as_transformers
 
 _MODULE_OF = {
     "Tokenizer": "tokenizer",
+    "AddedToken": "added_tokens",
+    "Settings": "added_tokens",
+    "SentencePieceTokenizer": "sentencepiece",
+    "SpaceRules": "sentencepiece",
+    "as_tiktoken": "tiktoken_adapter",
+    "as_transformers": "transformers_adapter",
     "DecodeStream": "streaming",
     "BpeTrainer": "trainer",
     "TrainingProgress": "trainer",
@@ -41,11 +51,17 @@ _MODULE_OF = {
 
 __all__ = [
     "GRANULARITIES",
+    "AddedToken",
     "BpeTrainer",
     "DecodeStream",
+    "SentencePieceTokenizer",
+    "Settings",
+    "SpaceRules",
     "Tokenizer",
     "TrainingProgress",
     "TrainingReport",
+    "as_tiktoken",
+    "as_transformers",
     "characters",
     "code_points",
     "morphemes",

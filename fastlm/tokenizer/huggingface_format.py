@@ -81,6 +81,9 @@ def load_tokenizer_json(path: str | Path) -> Tokenizer:
     config_path = path.with_name("tokenizer_config.json")
     try:
         config = _parse(config_path) if path.name == "tokenizer.json" and config_path.is_file() else {}
+        template_path = path.with_name("chat_template.jinja")  # where transformers has written it since 2025
+        if path.name == "tokenizer.json" and template_path.is_file():
+            config["chat_template"] = _read(template_path).decode("utf-8", "replace")
         return Reader(path, _parse(path), config).tokenizer()
     except RecursionError:
         raise TokenizerError(f"{path}: nested too deeply for a tokenizer.json") from None
@@ -206,6 +209,18 @@ def _template(tokenizer: Tokenizer) -> dict[str, Any] | None:
     }
 
 
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer.json")
+        return path.read_bytes()
+    except TokenizerError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise TokenizerError(f"{path}: {reason}; give the path of a tokenizer.json") from None
+
+
 def _parse(path: Path) -> dict[str, Any]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -214,15 +229,7 @@ def _parse(path: Path) -> dict[str, Any]:
             raise TokenizerError(f"{path}: {max(counts, key=counts.__getitem__)!r:.60} is there twice")
         return result
 
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise TokenizerError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, so no tokenizer.json")
-        data = path.read_bytes()
-    except TokenizerError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise TokenizerError(f"{path}: {reason}; give the path of a tokenizer.json") from None
+    data = _read(path)
     try:
         document = json.loads(data.decode(), object_pairs_hook=without_duplicates)
     except TokenizerError:

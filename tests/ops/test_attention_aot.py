@@ -13,7 +13,15 @@ STRIDES = [f"{t}_{s}stride" for t in ("q", "k", "v", "grad") for s in ("batch_",
 INTEGERS = [*STRIDES, "heads", "kv_heads", "group", "seq_q", "seq_k", "window"]
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # 99 KiB, so that sm_86, 89 and 120 have room too
-SPILLS = {("keys", 256, 90): 128, ("keys", 256, 100): 64, ("queries", 256, 80): 32}  # bytes; zero where not named
+SPILLS = {  # bytes a thread, as ptxas 12.8 and 13.1 (sm_100) report them; zero where not named
+    ("forward", 128, 90): 80,
+    ("keys", 128, 90): 40,
+    ("keys", 64, 100): 24,
+    ("keys", 256, 90): 128,
+    ("keys", 256, 100): 64,
+    ("queries", 256, 80): 32,
+}
+SPILLS_WITH_EVERY_OPTION = {("forward", 90): 576}  # 256 where not named
 
 
 def compile_kernel(name: str, head_dim: int, chip: int, dtype: str = "bf16", **flags: bool) -> Compiled:
@@ -55,7 +63,7 @@ def test_tensor_cores_are_used_and_registers_suffice(kernel, head_dim, chip):
 def test_every_option_at_once_compiles_onto_tensor_cores(kernel, chip):
     compiled = compile_kernel(kernel, 128, chip, PACKED=True, WINDOW=True, SOFTCAP=True, SINKS=True)
     assert INSTRUCTION[chip] in compiled.ptx
-    assert compiled.spill_bytes <= 256
+    assert compiled.spill_bytes <= SPILLS_WITH_EVERY_OPTION.get((kernel, chip), 256)
     assert compiled.shared_bytes <= SHARED_LIMIT[chip]
 
 

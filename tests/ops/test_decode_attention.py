@@ -106,7 +106,7 @@ def test_what_the_window_hides_may_be_freed_or_poisoned(backend):
     expected = exact(q, k, v, table, lengths, window=6)
     table[0, :5] = -1  # the first query of row 0, at position 28, sees tokens 23 and later: slot 3 of block 5
     k[table[0, 5], :3] = v[table[0, 5], :3] = torch.nan
-    torch.testing.assert_close(decode_attention(q, k, v, table, lengths, window=6).double(), expected)
+    torch.testing.assert_close(decode_attention(q, k, v, table, lengths, window=6), expected.float())
 
 
 def test_queries_that_see_nothing_give_zero(backend):

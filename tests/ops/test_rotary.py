@@ -109,14 +109,14 @@ def plain(q, k, cos, sin, *, interleaved, positions):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_scores_depend_on_distance_alone(backend, device, interleaved):
-    q, k = (torch.randn(1, 1, 1, 32, device=device) for _ in range(2))
+    q, k = (torch.randn(1, 1, 16, 32, device=device) for _ in range(2))
     tables = rotary_tables(32, 100, device=device)
 
     def score(query_at, key_at):
         at = torch.tensor([query_at], device=device), torch.tensor([key_at], device=device)
         rotated_q = rotary(q, q, *tables, interleaved=interleaved, positions=at[0])[0]
         rotated_k = rotary(k, k, *tables, interleaved=interleaved, positions=at[1])[0]
-        return (rotated_q * rotated_k).sum()
+        return (rotated_q * rotated_k).sum(-1)
 
     torch.testing.assert_close(score(7, 2), score(95, 90), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(score(7, 2), score(7, 3), rtol=1e-3)

@@ -126,6 +126,11 @@ def test_ids_equal_tiktoken_for_ranks_in_any_order(fresh_seed: int) -> None:
             assert ours.encode(text) == theirs.encode(text), (ranks, text)
 
 
+def runs(rng: random.Random, alphabet: str) -> str:
+    """Rulers and the like: a few runs of one character."""
+    return "".join(rng.choice(alphabet) * rng.choice([1, 2, 3, 31, 64, 100, 1000]) for _ in range(rng.randrange(1, 6)))
+
+
 @pytest.mark.parametrize("alphabet", ["ab", "aab", "abc", "가각", "a\u0301b"])
 def test_ids_equal_tiktoken_for_trained_vocabularies_of_few_characters(alphabet: str, fresh_seed: int) -> None:
     # Tokens overlap in every way, so that the longest one is often not the right one.
@@ -141,6 +146,9 @@ def test_ids_equal_tiktoken_for_trained_vocabularies_of_few_characters(alphabet:
             text = "".join(rng.choices(alphabet, k=length))
             assert ours.encode(text) == theirs.encode(text), (trained.merges, text)
             assert trained.encode(text) == theirs.encode(text), (trained.merges, text)
+        for _ in range(40):
+            text = runs(rng, alphabet)
+            assert ours.encode(text) == theirs.encode(text), (trained.merges, text)
 
 
 def test_ids_equal_hugging_face_for_merges_in_any_order(fresh_seed: int) -> None:
@@ -162,7 +170,7 @@ def test_ids_equal_hugging_face_for_merges_in_any_order(fresh_seed: int) -> None
             assert ours.encode(text) == theirs.encode(text).ids, (ranks, merges, text)
 
 
-@pytest.mark.parametrize("alphabet", ["a", "ab", "etaoinshr", "의이가 ", "=-", " \t", "\n", "1"])
+@pytest.mark.parametrize("alphabet", ["a", "ab", "etaoinshr", "의이가 ", "=-", "=-*#", " \t", "\n", "1"])
 def test_long_pieces_equal_tiktoken(
     alphabet: str, published: tuple[Tokenizer, tiktoken.Encoding], fresh_seed: int
 ) -> None:
@@ -170,6 +178,9 @@ def test_long_pieces_equal_tiktoken(
     rng = random.Random(fresh_seed)
     for length in (127, 128, 129, 257, 1000, 20_000):
         text = "".join(rng.choices(alphabet, k=length))
+        assert ours.encode(text) == theirs.encode(text), text
+    for _ in range(20):
+        text = runs(rng, alphabet)
         assert ours.encode(text) == theirs.encode(text), text
 
 

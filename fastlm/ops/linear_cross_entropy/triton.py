@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastlm.ops.linear_cross_entropy import chunked
 
-BLOCK = 2048  # logits of a row at once: 8 for each of 256 threads, 64 registers, so eight rows fit a multiprocessor
+BLOCK = 1024  # logits of a row at once: 4 for each of 256 threads, 64 registers, so eight rows fit a multiprocessor
 MIN_CHUNK = 1024
 MAX_CHUNKS = 4
 

@@ -171,7 +171,7 @@ def _token_ids(name: str, ids: Tensor | None, logits: Tensor) -> Tensor | None:
     return ids
 
 
-OP = Op("sampling", sample, ("triton", "cpu", "reference"))
+OP = Op("sampling", sample, ("triton", "cuda", "cpu", "reference"))
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -1,4 +1,20 @@
-"""Sampling in Triton."""
+"""Sampling in Triton: one launch, one program a row, no sort, and nothing of the vocabulary's size written.
+
+A filter is a threshold among the row's logits, and a threshold is found by narrowing an interval: one pass over the row
+counts the tokens above several pivots at once and sums their weights (`triton_search.search`). The first pass, which
+finds the maximum, also keeps the largest logit of each of 4096 positions; the k-th largest of those is a lower bound
+that is nearly always the threshold itself, and so is the nucleus taken among them. So the usual row takes four passes:
+the maximum, one that confirms top-k, one that confirms top-p, and the draw, which sums the kept weights of each block
+and then looks inside the one that u falls in (inverse CDF; Philox, Salmon et al., SC 2011). Bounds that are not
+confirmed are narrowed fivefold a pass, at first evenly in value, then in the integers that order floats, so that a row
+whatever its logits ends within some twenty passes, at one exact logit, its equals kept together. The idea of pivots
+instead of a sort is FlashInfer's (Ye et al., arXiv 2501.01005). Weights are summed within threads in fp32 and from
+there in fp64, in an order that vocab_size and dtype fix: a row's result does not depend on the batch.
+
+Memory traffic: a read of the row for each pass. Prediction, not measured, for an H100 (3.35 TB/s, 132 SMs), batch 128,
+131,072 fp32 logits, top-k and top-p: 67 MB a pass, 20 us from memory, less what L2 keeps; the two confirming passes are
+bound by their 44 instructions an element instead, 25 us; with the reductions between passes 0.11 to 0.13 ms in all.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +30,7 @@ from fastlm.ops.sampling.triton_search import (
     LOG2_E,
     MAGNITUDE,
     add_online,
+    append,
     largest_bound,
     load_tile,
     online_total,
@@ -26,7 +43,7 @@ from fastlm.ops.sampling.triton_top import top_kernel
 
 NUM_WARPS = 16
 LANES = 32 * NUM_WARPS
-ELEMENTS_PER_THREAD = 8  # of a tile: enough bytes in flight, and the accumulators still fit beside them
+ELEMENTS_PER_THREAD = 8  # in flight: 16 KB a multiprocessor in fp32; with 16, accumulators spill
 CHUNK = tl.constexpr(128)  # tokens among which the draw searches last
 
 
@@ -118,8 +135,8 @@ def _sample_kernel(
 
     # One pass: the largest logit of each position in the tiles, the least finite one, NaNs, and sums of exp.
     largest = ()
-    for t in tl.static_range(TILES):
-        largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
+    for _t in tl.static_range(TILES):
+        largest = append(largest, tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32))
     least = tl.full((LANES,), INFINITY_KEY, tl.int32)
     magnitude = tl.zeros((LANES,), tl.int32)
     highest = tl.full((LANES,), -LARGEST_FLOAT, tl.float32)
@@ -132,7 +149,7 @@ def _sample_kernel(
             first = start + t * LANES * VECTOR
             x = load_tile(row_ptr, first, vocab_size, LANES, VECTOR)
             keys = to_key(x)
-            new_largest = new_largest + (tl.maximum(largest[t], keys),)  # noqa: RUF005
+            new_largest = append(new_largest, tl.maximum(largest[t], keys))
             least = tl.minimum(least, tl.min(tl.where(keys > -INFINITY_KEY, keys, INFINITY_KEY), 1))
             magnitude = tl.maximum(magnitude, tl.max(x.to(tl.int32, bitcast=True) & MAGNITUDE, 1))
             if top_p_ptr is not None:
@@ -181,14 +198,14 @@ def _sample_kernel(
             low = high - 1
         else:
             mass = tl.full((), -1.0, tl.float64)  # of the tokens that filters have kept so far
-            if top_k_ptr is not None:
+            if top_k_ptr is not None:  # noqa: SIM102  (this decides when compiling, the next for a row)
                 if (top_k > 0) & (top_k < vocab_size):
                     low = largest_bound(largest, largest, top_k, low, high, False, TILES)
                     low, _, _, mass = search(
                         row_ptr, vocab_size, low, high, top_k, max_logit, scale, min_p,
                         False, top_p_ptr is not None, FLOOR, TILES, LANES, VECTOR,
                     )  # fmt: skip
-            if top_p_ptr is not None:
+            if top_p_ptr is not None:  # noqa: SIM102
                 if top_p < 1:
                     if mass < 0:
                         if FLOOR:
@@ -201,7 +218,7 @@ def _sample_kernel(
                     goal = top_p.to(tl.float64) * mass
                     weights = ()
                     for t in tl.static_range(TILES):
-                        weights = weights + (weigh(to_value(largest[t]), max_logit, scale, min_p, FLOOR),)  # noqa: RUF005
+                        weights = append(weights, weigh(to_value(largest[t]), max_logit, scale, min_p, FLOOR))
                     low = largest_bound(largest, weights, goal, low, high, True, TILES)
                     low, _, _, _ = search(
                         row_ptr, vocab_size, low, high, goal, max_logit, scale, min_p,
@@ -269,14 +286,16 @@ def sample(
     if batch == 0:
         return ids, valid, logprobs, processed, top_ids, top_logprobs
 
-    settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    settings = tuple(None if s is None else s.contiguous() for s in (*settings, seed, position))
+    penalties = [
+        None if s is None else s.contiguous() for s in (repetition_penalty, presence_penalty, frequency_penalty)
+    ]
+    settings = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p)]
     x = raw
-    if any(s is not None for s in settings[4:7]) and not (prompt_ids is None and output_ids is None):
-        x = penalized(raw, *settings[4:7], prompt_ids, output_ids)
+    if any(s is not None for s in penalties) and not (prompt_ids is None and output_ids is None):
+        x = penalized(raw, penalties[0], penalties[1], penalties[2], prompt_ids, output_ids)
     block = tiles["TILES"] * LANES * tiles["VECTOR"]
     _sample_kernel[(batch,)](
-        x, None if x is raw else raw, *settings, ids, valid,
+        x, None if x is raw else raw, *settings, *penalties, seed.contiguous(), position.contiguous(), ids, valid,
         logprobs if return_logprobs else None, processed, x.stride(0), raw.stride(0), vocab_size,
         MIN_P_FIRST=min_p_first, BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, block)),
         **tiles, num_warps=NUM_WARPS,

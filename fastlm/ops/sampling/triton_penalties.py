@@ -1,6 +1,6 @@
-"""Penalties in Triton. Occurrences are counted by integer atomics, whose order does not show, into a buffer of 4 bytes a
-logit, which one elementwise kernel then turns into the penalized logits in place: three small launches that move about
-16 bytes a logit, before the sampling kernel, and only when a call has penalties and ids.
+"""Penalties in Triton. Occurrences are counted by integer atomics, whose order does not show, into a buffer of 4 bytes
+a logit, which one elementwise kernel then turns into the penalized logits in place: three small launches that move
+about 16 bytes a logit, before the sampling kernel, and only when a call has penalties and ids.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the sampling kernels share: how a row is walked over, and the search for the threshold that a filter sets.
 
 A row is walked over in tiles of (LANES, VECTOR) elements, TILES of them at a time: a thread owns one lane and loads
-VECTOR neighbours, 16 bytes, so that sums over a lane stay inside a thread and a pass over a row synchronises only at its
-end. Logits are compared as integers in the same order, so that a threshold can be narrowed to one value exactly.
+VECTOR neighbours, 16 bytes, so that sums over a lane stay inside a thread and a pass over a row synchronises only at
+its end. Logits are compared as integers in the same order, so that a threshold can be narrowed to one value exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY_KEY = tl.constexpr(0x7F800000)  # key of +inf; that of -inf is its negative
 PIVOTS = tl.constexpr(6)  # thresholds measured in one pass, which then takes a little longer than the memory needs
 LINEAR_PASSES = tl.constexpr(4)  # pivots evenly spaced by value, then by key, which ends whatever the logits are
+
+
+@triton.jit
+def append(items, item):
+    return items + (item,)  # noqa: RUF005  (Triton has no unpacking)
 
 
 @triton.jit
@@ -132,9 +137,9 @@ def search(
         counts = ()
         masses = ()
         for i in tl.static_range(PIVOTS):
-            pivots = pivots + (pivot(low, high, step, i),)  # noqa: RUF005  (Triton has no unpacking)
-            counts = counts + (tl.zeros((LANES,), tl.int32),)  # noqa: RUF005
-            masses = masses + (tl.zeros((LANES,), tl.float32),)  # noqa: RUF005
+            pivots = append(pivots, pivot(low, high, step, i))
+            counts = append(counts, tl.zeros((LANES,), tl.int32))
+            masses = append(masses, tl.zeros((LANES,), tl.float32))
         least = tl.full((LANES,), INFINITY_KEY, tl.int32)
         for start in range(0, vocab_size, TILES * LANES * VECTOR):
             for t in tl.static_range(TILES):
@@ -147,11 +152,11 @@ def search(
                 new_masses = ()
                 for i in tl.static_range(PIVOTS):
                     hit = keys >= pivots[i]
-                    new_counts = new_counts + (counts[i] + tl.sum(hit.to(tl.int32), 1),)  # noqa: RUF005
+                    new_counts = append(new_counts, counts[i] + tl.sum(hit.to(tl.int32), 1))
                     if MASSES:
-                        new_masses = new_masses + (masses[i] + tl.sum(tl.where(hit, weights, 0.0), 1),)  # noqa: RUF005
+                        new_masses = append(new_masses, masses[i] + tl.sum(tl.where(hit, weights, 0.0), 1))
                     else:
-                        new_masses = new_masses + (masses[i],)  # noqa: RUF005
+                        new_masses = append(new_masses, masses[i])
                 counts = new_counts
                 masses = new_masses
         new_low = low

@@ -12,6 +12,7 @@ from fastlm.ops.sampling.triton_search import (
     LARGEST_FLOAT,
     LOG2_E,
     add_online,
+    append,
     largest_bound,
     load_tile,
     online_total,
@@ -43,15 +44,15 @@ def top_kernel(
         return
 
     largest = ()
-    for t in tl.static_range(TILES):
-        largest = largest + (tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32),)  # noqa: RUF005
+    for _t in tl.static_range(TILES):
+        largest = append(largest, tl.full((LANES, VECTOR), -INFINITY_KEY, tl.int32))
     highest = tl.full((LANES,), -LARGEST_FLOAT, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, vocab_size, TILES * LANES * VECTOR):
         new_largest = ()
         for t in tl.static_range(TILES):
             x = load_tile(row_ptr, start + t * LANES * VECTOR, vocab_size, LANES, VECTOR)
-            new_largest = new_largest + (tl.maximum(largest[t], to_key(x)),)  # noqa: RUF005
+            new_largest = append(new_largest, tl.maximum(largest[t], to_key(x)))
             highest, total = add_online(highest, total, x, LOG2_E)
         largest = new_largest
     max_logit = tl.max(highest)
