@@ -69,7 +69,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         before, after = config.norm_placement != "after", config.norm_placement != "before"
-        self.norm_around = after
+        self.norm_after = after
         self.input_layernorm = make_norm(config) if before else None
         self.self_attn = make_attention(config, layer)
         self.post_attention_layernorm = make_norm(config)
@@ -88,7 +88,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = add_and_norm(self.input_layernorm, hidden, residual)
         hidden = self.self_attn(hidden, *tables, positions=positions, cache=cache, layer=layer)
-        if self.norm_around:
+        if self.norm_after:
             hidden = self.post_attention_layernorm(hidden)
             hidden, residual = add_and_norm(self.pre_feedforward_layernorm, hidden, residual)
         else:

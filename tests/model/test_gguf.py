@@ -90,7 +90,9 @@ def test_quantized_matrices_stay_as_they_are_and_give_the_logits_of_their_values
     assert_equal_logits(logits_of(ours, tokens), expected)
     monkeypatch.delenv("FASTLM_BACKEND")
     error = (logits_of(ours, tokens) - expected).norm() / expected.norm()
-    assert error < 0.2  # the fast backend rounds activations to 8 bits, which two random layers pass on; 0.11 was seen
+    # The fast backend rounds activations to 8 bits, which layers of random weights amplify to 0.12. Logits that have
+    # nothing to do with the expected ones differ by 1.4.
+    assert error < 0.3
 
 
 def test_rope_factors_give_the_scaling_of_llama_3(tmp_path: Path) -> None:

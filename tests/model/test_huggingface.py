@@ -17,10 +17,10 @@ SEQ = 40
 
 
 def assert_equal_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to within the rounding of fp32: both sum the same products in another order."""
+    """Equal to within the rounding of fp32: both sum the same products in another order, layer after layer."""
     assert ours.dtype == theirs.dtype == torch.float32
-    scale = theirs.abs().max().item()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5 * scale)
+    assert (ours - theirs).norm() < 3e-5 * theirs.norm()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4 * theirs.abs().max().item())
 
 
 @pytest.fixture(params=list(MODELS), ids=lambda name: name.replace(" ", "-"))
