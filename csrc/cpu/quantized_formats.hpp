@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/shuffle.hpp"
 #include "cpu/vector16.hpp"
 
 namespace fastlm::cpu {
@@ -17,17 +18,12 @@ typedef uint64_t Pair __attribute__((vector_size(16)));
 typedef uint64_t Quad __attribute__((vector_size(32)));
 typedef uint64_t Octet __attribute__((vector_size(64)));
 
-#if __has_builtin(__builtin_shufflevector)
-#define FASTLM_JOINS_VECTORS 1
-#define FASTLM_SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-
+#ifdef FASTLM_JOINS_VECTORS
 FASTLM_INLINE Quad join(const Pair& a, const Pair& b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3); }
 
 FASTLM_INLINE Octet join(const Quad& a, const Quad& b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 }
-#else  // GCC 11 and older
-#define FASTLM_SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
 template <class V>

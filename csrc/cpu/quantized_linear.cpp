@@ -101,9 +101,10 @@ void run(const QuantizedLinear<T>& call, int num_threads) {
                                  scale.data(),
                                  sum.data(),
                                  correction.data()};
-        in_threads(x.batches.count, x.batches.rows < kRowsInParallel ? 1 : num_threads,
-                     [&](int64_t begin, int64_t end) { run_best<QuantizeRows>(x, begin, end); });
-        in_threads((call.out_features + kTileRows - 1) / kTileRows, num_threads,
+        run_parallel<QuantizeRows>(x, x.batches.count, 1, x.batches.rows < kRowsInParallel ? 1 : num_threads);
+        const int64_t tiles = (call.out_features + kTileRows - 1) / kTileRows;
+        const int64_t grain = std::max<int64_t>(1, tiles / (4 * std::max(num_threads, 1)));
+        parallel_for(0, tiles, grain, num_threads,
                      [&](int64_t begin, int64_t end) { multiply<Format, Isa>(call, x, first, begin, end); });
     }
 }

@@ -72,6 +72,18 @@ FASTLM_INLINE void store(BFloat16* p, const Floats& v) {
     std::memcpy(p, &h, sizeof h);
 }
 
+// Rounds to nearest, ties to even; NaN stays NaN. Below 2^-14, where 0.5's last place is the subnormals', adding 0.5 rounds.
+FASTLM_INLINE void store(Float16* p, const Floats& v) {
+    const Bits sign = ((Bits)v >> 16) & 0x8000u, magnitude = (Bits)v & 0x7fffffffu;
+    Bits rounded = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Bits subnormal = (Bits)((Floats)magnitude + 0.5f) - (Bits)broadcast(0.5f);
+    rounded = magnitude < (113u << 23) ? subnormal : rounded;
+    rounded = magnitude >= (143u << 23) ? Bits{} + 0x7c00u : rounded;
+    rounded = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : rounded;
+    const Halves h = __builtin_convertvector(rounded | sign, Halves);
+    std::memcpy(p, &h, sizeof h);
+}
+
 // The first n < 16 elements at p, the rest `fill`.
 template <class T>
 FASTLM_INLINE Floats load_first(const T* p, int64_t n, float fill) {

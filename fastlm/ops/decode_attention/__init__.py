@@ -96,7 +96,7 @@ def _check(
         raise ValueError(f"softcap must be above 0, not {softcap}")
 
 
-OP = Op("decode_attention", decode_attention, ("reference",))
+OP = Op("decode_attention", decode_attention, ("cpu", "reference"))
 
 
 def _run(
