@@ -35,7 +35,8 @@ MemoryOption = Annotated[
     float | None, typer.Option("--memory", min=0, help="GiB for keys and values. [default: a quarter of what is free]")
 ]
 SpeculateOption = Annotated[
-    int, typer.Option("--speculate", min=0, help="Guess so many tokens ahead from what was said. Changes speed alone.")
+    int,
+    typer.Option("--speculate", min=0, max=7, help="Guess so many tokens ahead. Changes the speed alone."),
 ]
 
 

@@ -3,8 +3,9 @@
 `scheduler` says which tokens the next step computes, `block_manager` where their keys and values go, `model_runner`
 computes them and draws, and this file does the bookkeeping. What a request says depends on its own tokens, settings
 and seed alone: not on what else is served, on the size of chunks, on preemption or on what was found in the cache.
-(Matrix products may round differently for another number of rows; that moves a draw only when it lies within rounding
-of the boundary between two tokens.)
+(Matrix products and attention may round differently for another number of rows; that moves a draw only when it lies
+within rounding of the boundary between two tokens. Models that quantize their activations enlarge such a difference
+where one is rounded to another step, and so may part after a prompt that is read in other chunks.)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fastlm.inference.scheduler import Chunk, Scheduler
 from fastlm.inference.sequence import Pooling, Sequence
 from fastlm.model import Transformer
 from fastlm.model.checkpoint import LanguageModel
+from fastlm.ops.decode_attention import MAX_QUERY_LEN
 from fastlm.tokenizer import Tokenizer
 
 PastContext = Literal["stop", "reread"]
@@ -81,8 +83,8 @@ class Engine:
         past_context: what happens when a sequence has as many tokens as the model's context. "stop" ends it with
             finish_reason "length", and refuses longer prompts. "reread" goes on by reading the latest half anew, each
             time the context is full, so that tokens follow from context_length / 2 to context_length tokens.
-        num_drafts: speculative decoding: up to this many tokens, guessed from what followed the latest tokens where
-            they stood before, are computed together with the next token. Changes the speed alone.
+        num_drafts: speculative decoding: up to this many tokens (at most 7), guessed from what followed the latest
+            tokens where they stood before, are computed together with the next token. Changes the speed alone.
 
     Raises:
         ConfigError: model and tokenizer do not fit, or an option makes no sense.
@@ -106,6 +108,8 @@ class Engine:
         for name, value in (("block_size", block_size), ("max_sequences", max_sequences)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if type(num_drafts) is not int or not 0 <= num_drafts < MAX_QUERY_LEN:
+            raise ConfigError(f"num_drafts must be an integer from 0 to {MAX_QUERY_LEN - 1}, not {num_drafts!r}")
         if past_context not in ("stop", "reread"):
             raise ConfigError(f'past_context must be "stop" or "reread", not {past_context!r}')
         on_cpu = model.output_weight.device.type == "cpu"
