@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
+from fastlm.cli.prompt_files import read_text
 from fastlm.cli.sampling_options import MemoryOption, ModelOption, memory_in_bytes
 from fastlm.errors import ConfigError, DataError
 
@@ -48,7 +49,7 @@ def command(
 
     if (text is None) == (choices is None):
         raise ConfigError("give either --text or --choices")
-    content = _read(text) if text is not None else ""
+    content = read_text(text) if text is not None else ""
     questions = _questions(choices) if choices is not None else []
     with LLM(model, memory=memory_in_bytes(memory)) as llm:
         if text is not None:
@@ -101,20 +102,11 @@ def _answer(llm: LLM, questions: list[Question]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from None
-
-
 def _questions(path: Path) -> list[Question]:
     from fastlm.inference.evaluation import Question
 
     questions = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

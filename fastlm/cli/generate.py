@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlm.cli.output import JsonFlag, print_json, status_console
-from fastlm.cli.prompt_files import Place, ResultFile, read_prompts
+from fastlm.cli.prompt_files import Place, ResultFile, read_prompts, read_text
 from fastlm.cli.sampling_options import (
     MaxTokensOption,
     MemoryOption,
@@ -65,6 +65,13 @@ def command(
     ] = 0.0,
     seed: SeedOption = 0,
     stop: StopOption = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="A file: the text is JSON of this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="The text matches this as a whole.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="A file: the text follows this grammar, in Lark's notation.")
+    ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", help="Texts for each prompt.")] = 1,
     past_context: Annotated[
         PastContext,
@@ -106,6 +113,9 @@ def command(
         frequency_penalty=frequency_penalty,
         seed=seed,
         stop=tuple(as_typed(s, "--stop") for s in stop or ()),
+        json_schema=None if json_schema is None else read_text(json_schema),
+        regex=None if regex is None else as_typed(regex, "--regex"),
+        grammar=None if grammar is None else read_text(grammar),
     )
     texts = _texts(given, num_samples, params)
     results = ResultFile(out, {text.place: text.fixed for text in texts}) if out else None

@@ -23,7 +23,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         DataError: the file is missing, not UTF-8, empty, or a line is no such row; the message has its number.
     """
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -42,9 +42,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _lines(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
+    """Raises DataError when the file is missing or not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig").split("\n")
+        return path.read_bytes().decode()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastlm.cli import app as application
+from fastlm.inference import LLM, Piece
 from fastlm.model import ModelConfig, save_model
 from tests.inference.conftest import one_thread, random_model, tokenizer  # noqa: F401 (fixtures)
 
@@ -98,6 +99,23 @@ def test_a_bad_line_from_a_pipe_is_one_line_of_error(directory, monkeypatch, cap
     assert code == 1
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(directory, monkeypatch, capfdbinary) -> None:
+    asked: list[list[dict]] = []
+
+    def interrupted(self, prompts, params):
+        asked.append(prompts)
+        yield Piece(0, " 반쯤", 1)
+        yield Piece(0, " 온", 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", interrupted)
+    code, out, _ = chat(monkeypatch, capfdbinary, directory, b"a\nb\n", "--json")
+    assert code == 0
+    answers = [json.loads(line) for line in out.decode().splitlines()]
+    assert [(a["text"], a["finish_reason"]) for a in answers] == [("반쯤 온", "interrupted")] * 2
+    assert asked[1][0] == "User: a\nAssistant: 반쯤 온\nUser: b\nAssistant:"
 
 
 def test_korean_is_read_from_a_real_pipe_in_a_c_locale(directory) -> None:

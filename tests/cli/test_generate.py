@@ -211,3 +211,17 @@ def test_results_of_something_else_are_not_overwritten(
         assert out.read_bytes() == content
     assert call(monkeypatch, capfdbinary, "-m", checkpoint)[0] == 1
     assert "--stream shows one text" in call(monkeypatch, capfdbinary, *options, "--stream")[2]
+
+
+def test_text_follows_a_grammar_that_is_asked_for(checkpoint, tmp_path, monkeypatch, capfdbinary) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"enum": ["좋음", "나쁨"]}', "utf-8")
+    options = ["-m", checkpoint, "-p", "이 영화는 ", "-n", 40, "--json"]
+    code, out, _ = call(monkeypatch, capfdbinary, *options, "--json-schema", tmp_path / "schema.json")
+    assert code == 0
+    assert json.loads(json.loads(out)["completions"][0]["text"]) in ("좋음", "나쁨")
+    code, out, _ = call(monkeypatch, capfdbinary, *options, "--regex", "[가나]{3}")
+    assert set(json.loads(out)["completions"][0]["text"]) <= set("가나")
+    code, out, err = call(monkeypatch, capfdbinary, *options, "--regex", "(")
+    assert (code, out) == (1, b"")
+    assert "regex is not valid" in err
