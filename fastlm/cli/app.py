@@ -20,7 +20,7 @@ from fastlm._version import __version__
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
-COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "generate", "bench")
+COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "generate", "chat", "eval", "bench")
 
 
 class _Commands(TyperGroup):

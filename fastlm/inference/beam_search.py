@@ -32,8 +32,9 @@ def beam_search(llm: LLM, prompt_ids: list[int], *, width: int, max_tokens: int,
     """The best `width` continuations found, best score first.
 
     Of all one-token continuations of the current beams, the best `width` that do not end the text are the next beams;
-    those that end it are set aside. The search is over at `max_tokens`, or when `width` have ended and no beam can do
-    better than the worst of them. Wu et al., 2016 (arXiv 1609.08144), section 7, without coverage.
+    those among the best `width` of all that end it are set aside. The search is over at `max_tokens`, or when `width`
+    have ended and no beam can do better than the worst of them. Wu et al., 2016 (arXiv 1609.08144), section 7, without
+    coverage; transformers' beam search with early_stopping="never".
 
     Raises:
         ConfigError: a setting is out of range.
@@ -59,9 +60,11 @@ def beam_search(llm: LLM, prompt_ids: list[int], *, width: int, max_tokens: int,
             candidates += [(logprob + value, [*ids, token]) for token, value in completion.logprobs[0].top]
         candidates.sort(key=lambda candidate: -candidate[0])
         beams = []
-        for logprob, ids in candidates:
+        for rank, (logprob, ids) in enumerate(candidates):
             if ids[-1] != eos:
                 beams.append((logprob, ids))
+            elif rank >= width:
+                continue
             elif len(finished) < width:
                 heapq.heappush(finished, (scored(logprob, length), logprob, ids))
             else:

@@ -3,8 +3,9 @@
 `scheduler` says which tokens the next step computes, `block_manager` where their keys and values go, `model_runner`
 computes them and draws, and this file does the bookkeeping. What a request says depends on its own tokens, settings
 and seed alone: not on what else is served, on the size of chunks, on preemption or on what was found in the cache.
-(Matrix products may round differently for another number of rows; that moves a draw only when it lies within rounding
-of the boundary between two tokens.)
+(Matrix products and attention may round differently for another number of rows; that moves a draw only when it lies
+within rounding of the boundary between two tokens. Models that quantize their activations enlarge such a difference
+where one is rounded to another step, and so may part after a prompt that is read in other chunks.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference.block_manager import BlockManager
+from fastlm.inference.grammar import GrammarCompiler
 from fastlm.inference.model_runner import ChunkResult, ModelRunner
 from fastlm.inference.outputs import FinishReason, Piece
 from fastlm.inference.paged_cache import PagedCache
@@ -30,6 +32,7 @@ from fastlm.inference.scheduler import Chunk, Scheduler
 from fastlm.inference.sequence import Pooling, Sequence
 from fastlm.model import Transformer
 from fastlm.model.checkpoint import LanguageModel
+from fastlm.ops.decode_attention import MAX_QUERY_LEN
 from fastlm.tokenizer import Tokenizer
 
 PastContext = Literal["stop", "reread"]
@@ -80,8 +83,8 @@ class Engine:
         past_context: what happens when a sequence has as many tokens as the model's context. "stop" ends it with
             finish_reason "length", and refuses longer prompts. "reread" goes on by reading the latest half anew, each
             time the context is full, so that tokens follow from context_length / 2 to context_length tokens.
-        num_drafts: speculative decoding: up to this many tokens, guessed from what followed the latest tokens where
-            they stood before, are computed together with the next token. Changes the speed alone.
+        num_drafts: speculative decoding: up to this many tokens (at most 7), guessed from what followed the latest
+            tokens where they stood before, are computed together with the next token. Changes the speed alone.
 
     Raises:
         ConfigError: model and tokenizer do not fit, or an option makes no sense.
@@ -105,6 +108,8 @@ class Engine:
         for name, value in (("block_size", block_size), ("max_sequences", max_sequences)):
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if type(num_drafts) is not int or not 0 <= num_drafts < MAX_QUERY_LEN:
+            raise ConfigError(f"num_drafts must be an integer from 0 to {MAX_QUERY_LEN - 1}, not {num_drafts!r}")
         if past_context not in ("stop", "reread"):
             raise ConfigError(f'past_context must be "stop" or "reread", not {past_context!r}')
         on_cpu = model.output_weight.device.type == "cpu"
@@ -138,6 +143,7 @@ class Engine:
             draft=self._propose if self.num_drafts else None,
         )
         self.runner = ModelRunner(model, cache, min(tokenizer.vocab_size, model.config.vocab_size), self._eos)
+        self._grammars = GrammarCompiler(tokenizer, self.runner.vocab_size)
         self._sequences: dict[Hashable, list[Sequence]] = {}
         self._ready: list[Piece] = []  # pieces that need no step
         self._stats = Stats()
@@ -188,7 +194,15 @@ class Engine:
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
         self.check(ids, params, pooling)
         sequences = [
-            Sequence(request_id, i, ids, params, seed=(params.seed + i) % (1 << 63), pooling=pooling)
+            Sequence(
+                request_id,
+                i,
+                ids,
+                params,
+                seed=(params.seed + i) % (1 << 63),
+                pooling=pooling,
+                matcher=self._grammars.matcher(params),
+            )
             for i in range(1 if pooling else params.n)
         ]
         self._stats.prompt_tokens += len(ids)
@@ -214,6 +228,7 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
                 raise ConfigError(f"{name} is {getattr(params, name)}; the model has {vocab_size} tokens")
+        self._grammars.matcher(params)
         most = 0 if pooling else params.max_tokens
         total = len(ids) + most
         if self.context_length is not None:
@@ -300,6 +315,10 @@ class Engine:
                 return pieces
             text = sequence.accept(drawn.token, self.tokenizer)
             self._stats.generated_tokens += 1
+            if sequence.matcher is not None and sequence.matcher.error is not None:
+                error = f"the grammar cannot be followed further: {sequence.matcher.error}"
+                pieces.append(self._piece(sequence, None, text=text, finish_reason="error", error=error))
+                return pieces
             if sequence.finish_reason is None and self._is_full(sequence) and self.past_context == "stop":
                 sequence.finish_reason = "length"
                 text += sequence.text.finish()
@@ -351,6 +370,8 @@ class Engine:
             self._stats.finished += 1
 
     def _propose(self, sequence: Sequence) -> list[int]:
+        if sequence.matcher is not None:  # each draw needs to know where the grammar stands
+            return []
         most = min(self.num_drafts, sequence.params.max_tokens - sequence.generated - 1)
         if self.context_length is not None:
             most = min(most, self.context_length - sequence.window_length)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlm.errors import CheckpointError, ConfigError, InferenceError
 from fastlm.inference.beam_search import Beam, beam_search
+from fastlm.inference.chat import ChatPrompt, Messages, chat_prompt
 from fastlm.inference.engine import Engine, Stats
 from fastlm.inference.engine_thread import EngineThread
 from fastlm.inference.generation import Prompt, collect, list_of_prompts, params_of_each
@@ -79,6 +80,14 @@ class LLM:
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a text as a prompt, what documents begin with among them."""
         return self._engine.prompt_ids(text)
+
+    def chat_prompt(self, messages: Messages) -> ChatPrompt:
+        """What to continue for the assistant's next message, and what ends it. See `fastlm.inference.chat`."""
+        return chat_prompt(self.tokenizer, messages)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises CapacityError or ConfigError if the request could never be served."""
+        self._engine.check(self.prompt_ids(prompt) if isinstance(prompt, str) else prompt, params)
 
     def stats(self) -> Stats:
         return self._engine.stats()
@@ -165,6 +174,11 @@ class LLM:
         return torch.stack([found[i] for i in range(len(texts))]) if texts else torch.empty(0, self.hidden_size)
 
     @property
+    def context_length(self) -> int | None:
+        """The most tokens of a sequence; None for a recurrent model, which has no limit."""
+        return self._engine.context_length
+
+    @property
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
@@ -179,7 +193,7 @@ class LLM:
             CapacityError: the prompt and `max_tokens` are longer than the context.
         """
         ids = self.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        self._engine.check(ids, SamplingParams(max_tokens=max_tokens))
+        self.check(ids, SamplingParams(max_tokens=max_tokens))
         return beam_search(self, ids, width=width, max_tokens=max_tokens, length_penalty=length_penalty)
 
 

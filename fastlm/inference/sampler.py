@@ -71,14 +71,16 @@ def _edit(logits: Tensor, rows: list[Row], eos_token_id: int | None) -> Tensor:
     """The logits with biases added and forbidden tokens at -inf; the same tensor where no row asks for either."""
     edited = logits
     for i, row in enumerate(rows):
-        params = row.sequence.params
+        params, matcher = row.sequence.params, row.sequence.matcher
         bias = dict(params.logit_bias)
         if row.generated < params.min_tokens:
             ends = (*params.stop_token_ids, *(() if eos_token_id is None else (eos_token_id,)))
             bias.update({token: -torch.inf for token in ends if token < logits.shape[1]})
+        if (bias or matcher is not None) and edited is logits:
+            edited = logits.float().clone()
+        if matcher is not None:
+            edited[i].masked_fill_(~matcher.allowed().to(logits.device), -torch.inf)
         if bias:
-            if edited is logits:
-                edited = logits.float().clone()
             edited[i, torch.tensor(list(bias), device=logits.device)] += torch.tensor(
                 list(bias.values()), device=logits.device
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastlm.errors import ConfigError
 
@@ -34,6 +34,10 @@ class SamplingParams:
         logprobs: log-probabilities of the drawn tokens in the model's own distribution (before penalties, bias,
             temperature and filters), and of this many most probable ones at each place. None asks for none.
         prompt_logprobs: the same for the tokens of the prompt.
+        json_schema: the text is JSON of this schema (a JSON string, or what it stands for).
+        regex: the text matches this regular expression as a whole.
+        grammar: the text follows this grammar, in Lark's notation. At most one of these three; see
+            `fastlm.inference.grammar`.
 
     Raises ConfigError when a value is out of range.
     """
@@ -56,6 +60,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     order: Literal["hf", "vllm"] = "hf"
+    json_schema: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _require_count("max_tokens", self.max_tokens)
@@ -92,6 +99,8 @@ class SamplingParams:
                 _require_count(name, getattr(self, name))
         if self.order not in ("hf", "vllm"):
             raise ConfigError(f'order must be "hf" or "vllm", not {self.order!r}')
+        if sum(g is not None for g in (self.json_schema, self.regex, self.grammar)) > 1:
+            raise ConfigError("json_schema, regex and grammar exclude each other")
 
 
 def _require_count(name: str, value: object) -> None:

@@ -115,7 +115,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.num_computed
         ids = sequence.window()[start : start + budget]
-        if self._draft is None or not sequence.draws or start + len(ids) < sequence.window_length:
+        # Guesses go with a next token alone: behind a part of the prompt they would change how that is rounded.
+        if self._draft is None or not sequence.draws or start + 1 != sequence.window_length:
             return Chunk(sequence, start, ids)
         drafts = self._draft(sequence)[: budget - len(ids)]
         return Chunk(sequence, start, ids + drafts, len(drafts))

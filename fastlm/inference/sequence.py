@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlm.errors import TokenizerError
 from fastlm.inference.block_manager import BlockTable
 from fastlm.inference.drafts import PromptLookup
+from fastlm.inference.grammar import Matcher
 from fastlm.inference.outputs import FinishReason, PromptLogprobs
 from fastlm.inference.sampling_params import SamplingParams
 from fastlm.inference.text import TextStream
@@ -33,6 +34,7 @@ class Sequence:
         *,
         seed: int,
         pooling: Pooling | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -47,6 +49,7 @@ class Sequence:
         self.lookup = PromptLookup()
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: PromptLogprobs | None = [None] if wants_prompt_logprobs(params, index) else None
+        self.matcher = matcher
         self.pooling = pooling
         self.pooled: Tensor | None = None  # (hidden_size,) fp32: the sum, or the last, of the prompt's hidden states
 
@@ -82,12 +85,17 @@ class Sequence:
         if token in self.params.stop_token_ids:
             self.finish_reason = "stop"
             return self.text.finish()
-        if token == tokenizer.eos_token_id and not self.params.ignore_eos:
+        if token == tokenizer.eos_token_id and (self.matcher is not None or not self.params.ignore_eos):
             self.finish_reason = "eos"
             return self.text.finish()
+        if self.matcher is not None:
+            self.matcher.accept(token)
         text = self.text.push(_bytes(token, tokenizer))
         if self.text.stopped:
             self.finish_reason = "stop"
+        elif self.matcher is not None and self.matcher.ended:
+            self.finish_reason = "stop"
+            text += self.text.finish()
         elif self.generated >= self.params.max_tokens:
             self.finish_reason = "length"
             text += self.text.finish()

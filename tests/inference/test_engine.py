@@ -165,7 +165,7 @@ def random_engine(rng: random.Random, model: Transformer, tokenizer: Tokenizer) 
         max_batch_tokens=rng.choice([1, 2, 5, 17, 64, 512]),
         max_sequences=rng.choice([1, 2, 5, 64]),
         prefix_caching=rng.random() < 0.7,
-        num_drafts=rng.choice([0, 0, 1, 4, 12]),
+        num_drafts=rng.choice([0, 0, 1, 4, 7]),
     )
 
 

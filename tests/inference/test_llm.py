@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 
 from fastlm.errors import CapacityError, ConfigError, InferenceError
 from fastlm.inference import LLM, SamplingParams, generate
@@ -304,23 +305,46 @@ def test_a_wide_beam_finds_the_best_of_all_continuations(tiny, length_penalty: f
             everything.append((logprob / len(ids) ** length_penalty, list(ids)))
     everything.sort(reverse=True)
     beams = tiny.beam_search([0, 1], width=5**3, max_tokens=length, length_penalty=length_penalty)
-    assert [beam.token_ids for beam in beams[:10]] == [ids for _, ids in everything[:10]]
-    for beam, (score, ids) in zip(beams, everything, strict=False):
-        assert beam.score == pytest.approx(score, abs=1e-4)
-        assert beam.finished == (ids[-1] == eos)
-        assert beam.text == tiny.tokenizer.decode([i for i in ids if i != eos])
+    scores = {tuple(ids): score for score, ids in everything}
+    assert [beam.score for beam in beams[:10]] == pytest.approx([score for score, _ in everything[:10]], abs=1e-4)
+    for beam in beams:
+        assert beam.score == pytest.approx(scores[tuple(beam.token_ids)], abs=1e-4)
+        assert beam.finished == (beam.token_ids[-1] == eos)
+        assert beam.text == tiny.tokenizer.decode([i for i in beam.token_ids if i != eos])
 
 
-def test_a_beam_of_one_is_greedy_and_a_narrow_beam_keeps_the_best_of_each_step(tiny) -> None:
-    greedy = tiny.generate([[0, 1]], SamplingParams(max_tokens=6, temperature=0))[0].token_ids
-    first = tiny.beam_search([0, 1], width=1, max_tokens=6, length_penalty=0.0)[0]
-    if 5 not in greedy:
-        assert first.token_ids == greedy or first.finished
-    assert tiny.stats().prefix_hit_tokens > 0
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("length_penalty", [0.5, 1.0])
+def test_a_narrow_beam_finds_what_that_of_transformers_finds(tiny, tmp_path, width: int, length_penalty: float) -> None:
+    save_model(tiny.model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    out = theirs.generate(
+        torch.tensor([[0, 1]]),
+        attention_mask=torch.ones(1, 2, dtype=torch.int64),
+        max_new_tokens=9,
+        do_sample=False,
+        num_beams=width,
+        num_return_sequences=width,
+        length_penalty=length_penalty,
+        early_stopping="never",
+        eos_token_id=5,
+        pad_token_id=5,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    beams = tiny.beam_search([0, 1], width=width, max_tokens=9, length_penalty=length_penalty)
+    for beam, sequence in zip(beams, out.sequences[:, 2:].tolist(), strict=True):
+        assert beam.token_ids == (sequence[: sequence.index(5) + 1] if 5 in sequence else sequence)
+    assert [beam.score for beam in beams] == pytest.approx(out.sequences_scores.tolist(), abs=1e-4)
+
+
+def test_a_step_of_beam_search_computes_only_what_is_new(tiny) -> None:
+    tiny.beam_search([0, 1] * 8, width=4, max_tokens=3, length_penalty=0.0)
+    assert tiny.stats().prefix_hit_tokens >= 4 * 14
     with pytest.raises(ConfigError, match="width and max_tokens"):
         tiny.beam_search([0], width=0)
     with pytest.raises(CapacityError):
-        tiny.beam_search([0] * 20, max_tokens=100)
+        tiny.beam_search([0] * 40, max_tokens=100)
 
 
 @pytest.mark.parametrize(
