@@ -8,10 +8,13 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu/parallel.hpp"
+
 namespace fastlm::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kPart = 16384;  // elements that a thread takes at a time: some 15 µs, thrice what waking it costs
 
 template <bool kSoftcap>
 FASTLM_INLINE Floats cap(Floats x, float softcap, float inverse) {
@@ -128,8 +131,7 @@ struct Rows {
 
 template <class T>
 void cross_entropy(const CrossEntropy<T>& call, int num_threads) {
-    (void)num_threads;
-    run_best<Rows>(call, 0, call.rows);
+    run_parallel<Rows>(call, call.rows, items_of(call.vocab_size, kPart), num_threads);
 }
 
 template void cross_entropy(const CrossEntropy<float>&, int);
