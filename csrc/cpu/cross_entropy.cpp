@@ -14,7 +14,7 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kPart = 16384;  // elements that a thread takes at a time: some 15 µs, thrice what waking it costs
+constexpr int64_t kPart = 131072;  // elements that a thread takes at a time: some 25 µs, thrice what waking it costs
 
 template <bool kSoftcap>
 FASTLM_INLINE Floats cap(Floats x, float softcap, float inverse) {
