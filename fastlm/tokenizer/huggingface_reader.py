@@ -158,12 +158,12 @@ class Reader:
             self.fail("post_processor TemplateProcessing has no single template or no special_tokens")
         sides: list[list[int]] = [[]]
         for part in single:
-            kind, inner = next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
+            part_kind, inner = next(iter(part.items())) if isinstance(part, dict) and len(part) == 1 else (None, None)
             name = inner.get("id") if isinstance(inner, dict) else None
-            if kind == "Sequence" and name == "A":
+            if part_kind == "Sequence" and name == "A":
                 sides.append([])
                 continue
-            token = tokens.get(name) if kind == "SpecialToken" and isinstance(name, str) else None
+            token = tokens.get(name) if part_kind == "SpecialToken" and isinstance(name, str) else None
             ids = token.get("ids") if isinstance(token, dict) else None
             if not isinstance(ids, list):
                 self.fail(f"post_processor TemplateProcessing has the part {part!r:.60}, which is not understood")
