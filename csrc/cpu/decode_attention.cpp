@@ -2,7 +2,7 @@
 // from memory once, for all query heads that share them and all queries of a sequence. A task is 256 tokens of one
 // sequence, cut at multiples of 256, whatever the batch and the threads; its result is a maximum, a sum and a weighted sum
 // of values for each row (query, head). A second pass combines them in order. Within a task tiles of 16 tokens go through
-// the online softmax. What limits is reading the cache; tiles are fetched ahead.
+// the online softmax. What limits is reading the cache: the next tile is fetched meanwhile.
 //
 // A row's arithmetic is the same whatever other rows and sequences there are: tiles that it does not see leave its
 // maximum, sum and values as they are, bit for bit.
@@ -23,7 +23,6 @@ namespace {
 constexpr int64_t kSplit = 256;                // tokens of a task: 64 KB of a head of 64 in bf16, 6 µs at 10 GB/s
 constexpr int64_t kTile = kLanes;              // tokens of one step of the online softmax
 constexpr int64_t kBytesForThreads = 1 << 17;  // of keys and values, below which waking a thread takes longer
-constexpr int64_t kBytesAhead = 1 << 14;       // from the tile in use to the one being fetched, both in the first-level cache
 constexpr int64_t kTasksAThread = 4;           // splits a thread, from which on a task takes all heads of a split
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -148,17 +147,34 @@ FASTLM_INLINE void store_to(FloatType type, void* p, int64_t at, int64_t left, c
     return store_up_to(static_cast<Float16*>(p) + at, left, v);
 }
 
-// scores[row][token] = q[row] · k[token] of kRows rows and a tile of tokens.
+// Keys or values of sixteen tokens of a head.
+template <class C>
+struct Rows {
+    const C* cache;
+    const int64_t* offsets;
+
+    FASTLM_INLINE const C* row(int token) const { return cache + offsets[token]; }
+};
+
+// Asks for the memory of one unit.
+template <class C>
+FASTLM_INLINE void fetch(const C* unit) {
+    const char* p = reinterpret_cast<const char*>(unit);
+    for (size_t i = 0; i < kUnit * sizeof(C); i += 64) __builtin_prefetch(p + i);
+}
+
+// scores[row][token] = q[row] · k[token] of kRows rows. For each unit read one of `next` is fetched: all at once would fill
+// the processor's queue of outstanding loads and stop it.
 template <int kRows, class C>
-FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const C* k, const int64_t* offsets, int64_t head_dim,
-                                float (*scores)[kTile]) {
+FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const Rows<C>& k, const Rows<C>& next,
+                                int64_t head_dim, float (*scores)[kTile]) {
     for (int token = 0; token < kTile; token += 4) {
         Floats sums[kRows][4];
         for (int row = 0; row < kRows; ++row) {
             for (int t = 0; t < 4; ++t) sums[row][t] = Floats{};
         }
         const C* at[4];
-        for (int t = 0; t < 4; ++t) at[t] = k + offsets[token + t];
+        for (int t = 0; t < 4; ++t) at[t] = k.row(token + t);
         const auto add = [&](int64_t i, const Floats (*keys)[2]) __attribute__((always_inline)) {
             for (int row = 0; row < kRows; ++row) {
                 for (int half = 0; half < 2; ++half) {
@@ -170,7 +186,10 @@ FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const C* k, 
         int64_t i = 0;
         Floats keys[4][2];
         for (; i + kUnit <= head_dim; i += kUnit) {
-            for (int t = 0; t < 4; ++t) load_unit(at[t] + i, keys[t]);
+            for (int t = 0; t < 4; ++t) {
+                load_unit(at[t] + i, keys[t]);
+                fetch(next.row(token + t) + i);
+            }
             add(i, keys);
         }
         if (i < head_dim) {
@@ -181,28 +200,29 @@ FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const C* k, 
     }
 }
 
-// values[row] = values[row] · factor[row] + Σ weights[row][token] · v[token], over kUnits units of the head, or the part
-// of a unit that is `left`.
+// values[row] = values[row] · factor[row] + Σ weights[row][token] · v[token], over kUnits units of the head from `at` on, or
+// the part of a unit that is `left`. Fetches `next` as above.
 template <int kRows, int kUnits, bool kPart, class C>
 FASTLM_INLINE void add_values(float* values, int64_t padded_dim, const float* factor, const float (*weights)[kTile],
-                              const C* v, const int64_t* offsets, int64_t left) {
+                              const Rows<C>& v, const Rows<C>& next, int64_t at, int64_t left) {
     constexpr int kVectors = 2 * kUnits;
     Floats sums[kRows][kVectors];
     for (int row = 0; row < kRows; ++row) {
-        for (int i = 0; i < kVectors; ++i) sums[row][i] = load(values + row * padded_dim + i * kLanes) * factor[row];
+        for (int i = 0; i < kVectors; ++i) sums[row][i] = load(values + row * padded_dim + at + i * kLanes) * factor[row];
     }
     for (int token = 0; token < kTile; ++token) {
-        const C* at = v + offsets[token];
         Floats value[kVectors];
         for (int i = 0; i < kUnits; ++i) {
-            kPart ? load_part_of_unit(at, left, value) : load_unit(at + i * kUnit, value + 2 * i);
+            const C* unit = v.row(token) + at + i * kUnit;
+            kPart ? load_part_of_unit(unit, left, value) : load_unit(unit, value + 2 * i);
+            fetch(next.row(token) + at + i * kUnit);
         }
         for (int row = 0; row < kRows; ++row) {
             for (int i = 0; i < kVectors; ++i) sums[row][i] += weights[row][token] * value[i];
         }
     }
     for (int row = 0; row < kRows; ++row) {
-        for (int i = 0; i < kVectors; ++i) store(values + row * padded_dim + i * kLanes, sums[row][i]);
+        for (int i = 0; i < kVectors; ++i) store(values + row * padded_dim + at + i * kLanes, sums[row][i]);
     }
 }
 
@@ -244,33 +264,28 @@ struct Attend {
             std::fill(partial.sum, partial.sum + work.rows, 0.0f);
         }
         const int64_t steps = (tiles_end - tiles_begin) / kTile * task.heads;
-        const int64_t step_bytes = 2 * kTile * shape.head_dim * static_cast<int64_t>(sizeof(C));
-        const int64_t ahead = std::max<int64_t>(1, kBytesAhead / step_bytes);
-        for (int64_t i = -ahead; i < steps; ++i) {
-            if (i + ahead < steps) fetch(tile_of(work, task, tiles_begin, i + ahead, k_offsets, v_offsets), shape.head_dim);
-            if (i < 0) continue;
+        for (int64_t i = 0; i < steps; ++i) {
             const int64_t head = i % task.heads;
             const Tile<C> tile = tile_of(work, task, tiles_begin, i, k_offsets, v_offsets);
+            const Tile<C> next = tile_of(work, task, tiles_begin, std::min(i + 1, steps - 1), k_offsets, v_offsets);
             const Partial partial = work.partial(task.batch, task.head + head, task.split);
             const float* q = &q_buffer[head * work.rows * work.padded_dim];
             for (int64_t row = 0; row < work.rows; row += 4) {
                 switch (work.rows - row) {
-                    case 1: softmax_step<1>(work, partial, q, row, tile); break;
-                    case 2: softmax_step<2>(work, partial, q, row, tile); break;
-                    case 3: softmax_step<3>(work, partial, q, row, tile); break;
-                    default: softmax_step<4>(work, partial, q, row, tile);
+                    case 1: softmax_step<1>(work, partial, q, row, tile, next); break;
+                    case 2: softmax_step<2>(work, partial, q, row, tile, next); break;
+                    case 3: softmax_step<3>(work, partial, q, row, tile, next); break;
+                    default: softmax_step<4>(work, partial, q, row, tile, next);
                 }
             }
         }
     }
 
-    // Sixteen tokens of a head.
     template <class C>
     struct Tile {
-        int64_t token;           // the first
+        int64_t token;           // the first of sixteen
         int64_t first_position;  // of the first query
-        const C *k, *v;
-        const int64_t *k_offsets, *v_offsets;
+        Rows<C> k, v;
     };
 
     // Step i of a task: its heads in turn, tile by tile.
@@ -281,21 +296,8 @@ struct Attend {
         const int64_t head = task.head + i % task.heads, t = tiles_begin + i / task.heads * kTile;
         return {task.split * kSplit + t,
                 call.context_lens[task.batch] - call.shape.query_len,
-                call.k + head * call.strides.k_head,
-                call.v + head * call.strides.v_head,
-                k_offsets + t,
-                v_offsets + t};
-    }
-
-    template <class C>
-    static FASTLM_INLINE void fetch(const Tile<C>& tile, int64_t head_dim) {
-        for (int token = 0; token < kTile; ++token) {
-            const char* k = reinterpret_cast<const char*>(tile.k + tile.k_offsets[token]);
-            const char* v = reinterpret_cast<const char*>(tile.v + tile.v_offsets[token]);
-            for (int64_t i = 0; i < head_dim * static_cast<int64_t>(sizeof(C)); i += 64) {
-                __builtin_prefetch(k + i), __builtin_prefetch(v + i);
-            }
-        }
+                {call.k + head * call.strides.k_head, k_offsets + t},
+                {call.v + head * call.strides.v_head, v_offsets + t}};
     }
 
     template <class C>
@@ -314,12 +316,12 @@ struct Attend {
     // One step of the online softmax for kRows rows and a tile.
     template <int kRows, class C>
     static FASTLM_INLINE void softmax_step(const Work<C>& work, const Partial& partial, const float* q, int64_t row,
-                                           const Tile<C>& tile) {
+                                           const Tile<C>& tile, const Tile<C>& next) {
         const DecodeAttention<C>& call = *work.call;
         const int64_t head_dim = call.shape.head_dim, padded = work.padded_dim;
         float scores[kRows][kTile], factor[kRows], highest[4], total[4];
         Floats x[4] = {};
-        dot_products<kRows>(q + row * padded, padded, tile.k, tile.k_offsets, head_dim, scores);
+        dot_products<kRows>(q + row * padded, padded, tile.k, next.k, head_dim, scores);
         for (int r = 0; r < kRows; ++r) {
             const int64_t position = tile.first_position + (row + r) / work.group();
             const int64_t from = call.window ? position - call.window + 1 : 0;
@@ -346,14 +348,14 @@ struct Attend {
         float* values = partial.values + row * padded;
         int64_t i = 0;
         for (; i + 2 * kUnit <= head_dim; i += 2 * kUnit) {
-            add_values<kRows, 2, false>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, 0);
+            add_values<kRows, 2, false>(values, padded, factor, scores, tile.v, next.v, i, 0);
         }
         if (i + kUnit <= head_dim) {
-            add_values<kRows, 1, false>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, 0);
+            add_values<kRows, 1, false>(values, padded, factor, scores, tile.v, next.v, i, 0);
             i += kUnit;
         }
         if (i < head_dim) {
-            add_values<kRows, 1, true>(values + i, padded, factor, scores, tile.v + i, tile.v_offsets, head_dim - i);
+            add_values<kRows, 1, true>(values, padded, factor, scores, tile.v, next.v, i, head_dim - i);
         }
     }
 
