@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/bindings.hpp"
+#include "addresses.hpp"
 #include "cpu/decode_attention.hpp"
 
 namespace py = pybind11;

@@ -6,7 +6,7 @@
 #include <array>
 #include <string>
 
-#include "cpu/bindings.hpp"
+#include "addresses.hpp"
 #include "cpu/cross_entropy.hpp"
 #include "cpu/rms_norm.hpp"
 #include "cpu/rotary.hpp"

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cpu/bindings.hpp"
+#include "addresses.hpp"
 #include "cpu/quantized_linear.hpp"
 
 namespace py = pybind11;

@@ -4,18 +4,13 @@
 #include <limits>
 #include <string>
 
-#include "cpu/bindings.hpp"
+#include "addresses.hpp"
 #include "cpu/sampling.hpp"
 
 namespace py = pybind11;
 
 namespace fastlm {
 namespace {
-
-template <class T>
-T* optional_pointer(Address address, const char* name) {
-    return address ? pointer<T>(address, name) : nullptr;
-}
 
 // A null address is a setting, or an output, that was not given. Settings hold one number a row.
 template <class T>

@@ -25,6 +25,7 @@
 
 #include "cpu/parallel.hpp"
 #include "cpu/sampling_passes.hpp"
+#include "philox.hpp"
 
 namespace fastlm::cpu {
 namespace {
@@ -33,21 +34,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kPart = 131072;  // logits that a thread takes at a time: some 25 µs, thrice what waking it costs
 constexpr int64_t kFewCandidates = 1024;  // a search by halves among these takes less time than a histogram
-
-// u in [0, 1) with 53 random bits: Philox4x32-10 (Salmon et al. 2011).
-double uniform(uint64_t seed, uint64_t position) {
-    uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-    uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), 0, 0};
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = uint64_t{counter[0]} * 0xD2511F53u, product1 = uint64_t{counter[2]} * 0xCD9E8D57u;
-        counter[0] = static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key[0];
-        counter[1] = static_cast<uint32_t>(product1);
-        counter[2] = static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key[1];
-        counter[3] = static_cast<uint32_t>(product0);
-        key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
-    }
-    return ((uint64_t{counter[0]} << 21) | (counter[1] >> 11)) * 0x1p-53;
-}
 
 // Floats as integers of the same order.
 int64_t ordered(float x) {

@@ -7,30 +7,21 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/philox.hpp"
+#include "addresses.hpp"
 #include "cuda/sampling.hpp"
+#include "philox.hpp"
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address, const char* name) {
-    if (address == 0) throw std::invalid_argument(std::string(name) + " has no storage");
-    if (address % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned to its element size");
-    return reinterpret_cast<T*>(address);
-}
+using fastlm::Address;
+using fastlm::optional_pointer;
+using fastlm::pointer;
 
 fastlm::cuda::DType dtype_of(const std::string& name) {
     if (name == "float32") return fastlm::cuda::DType::float32;
     if (name == "bfloat16") return fastlm::cuda::DType::bfloat16;
     if (name == "float16") return fastlm::cuda::DType::float16;
     throw std::invalid_argument("dtype must be float32, bfloat16 or float16, not " + name);
-}
-
-template <class T>
-T* optional(Address address, const char* name) {
-    return address ? pointer<T>(address, name) : nullptr;
 }
 
 void sample(const std::string& dtype, Address logits, int64_t rows, int64_t vocab_size, int64_t stride,
@@ -48,8 +39,8 @@ void sample(const std::string& dtype, Address logits, int64_t rows, int64_t voca
                                                        : pointer<const uint16_t>(logits, "logits");
     call.rows = rows, call.stride = stride, call.vocab_size = static_cast<int32_t>(vocab_size);
     call.temperature = pointer<const float>(temperature, "temperature");
-    call.top_k = optional<const int64_t>(top_k, "top_k");
-    call.top_p = optional<const float>(top_p, "top_p"), call.min_p = optional<const float>(min_p, "min_p");
+    call.top_k = optional_pointer<const int64_t>(top_k, "top_k");
+    call.top_p = optional_pointer<const float>(top_p, "top_p"), call.min_p = optional_pointer<const float>(min_p, "min_p");
     call.min_p_first = min_p_first;
     call.seed = pointer<const int64_t>(seed, "seed"), call.position = pointer<const int64_t>(position, "position");
     call.ids = pointer<int64_t>(ids, "ids"), call.valid = pointer<bool>(valid, "valid");
@@ -73,6 +64,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("archs") = pybind11::cast(fastlm::cuda::built_archs());
     m.def("sample", &sample, "Draws one token of each row of logits: temperature, top-k, top-p, min-p.");
     m.def("uniform", [](int64_t seed, int64_t position) {
-        return fastlm::cuda::uniform(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
+        return fastlm::uniform(static_cast<uint64_t>(seed), static_cast<uint64_t>(position));
     }, "The number in [0, 1) that `sample` draws by.");
 }

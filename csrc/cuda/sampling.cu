@@ -9,8 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/philox.hpp"
 #include "cuda/sampling.hpp"
+#include "philox.hpp"
 
 namespace fastlm::cuda {
 namespace {

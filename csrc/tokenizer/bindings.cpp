@@ -4,19 +4,17 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "tokenizer/bpe_encode.hpp"
 #include "tokenizer/pretokenize.hpp"
 #include "tokenizer/special_tokens.hpp"
+#include "tokenizer/threads.hpp"
 
 namespace py = pybind11;
 
@@ -136,30 +134,12 @@ public:
         }
         std::vector<IdBuffer> results(views.size());
         std::vector<std::string_view> refused(views.size());
-        std::exception_ptr failure;
         {
             const py::gil_scoped_release release;
-            std::atomic<size_t> next = 0;
-            std::atomic<bool> failed = false;
-            const auto work = [&] {
-                try {
-                    for (size_t i = next++; i < views.size() && !failed; i = next++) {
-                        refused[i] = append_ids(views[i], allowed, disallowed, results[i]);
-                    }
-                } catch (...) {
-                    if (!failed.exchange(true)) failure = std::current_exception();
-                }
-            };
-            std::vector<std::thread> threads;
-            try {
-                for (size_t i = 1; i < std::min(num_threads, views.size()); ++i) threads.emplace_back(work);
-            } catch (const std::system_error&) {
-                // The system gives no more threads; those there are do the work.
-            }
-            work();
-            for (std::thread& thread : threads) thread.join();
+            for_each_on_threads(views.size(), num_threads, [&](size_t i) {
+                refused[i] = append_ids(views[i], allowed, disallowed, results[i]);
+            });
         }
-        if (failure) std::rethrow_exception(failure);
         py::list lists(views.size());
         for (size_t i = 0; i < views.size(); ++i) {
             if (!refused[i].empty()) raise_disallowed(refused[i]);

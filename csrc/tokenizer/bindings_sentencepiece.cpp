@@ -4,20 +4,17 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "tokenizer/sentencepiece.hpp"
+#include "tokenizer/threads.hpp"
 
 namespace py = pybind11;
 
@@ -87,28 +84,10 @@ public:
         std::vector<Parts> texts;
         for (const py::list& list : lists) texts.push_back(parts_of(list));
         std::vector<IdBuffer> results(texts.size());
-        std::exception_ptr failure;
         {
             const py::gil_scoped_release release;
-            std::atomic<size_t> next = 0;
-            std::atomic<bool> failed = false;
-            const auto work = [&] {
-                try {
-                    for (size_t i = next++; i < texts.size() && !failed; i = next++) append(texts[i], results[i]);
-                } catch (...) {
-                    if (!failed.exchange(true)) failure = std::current_exception();
-                }
-            };
-            std::vector<std::thread> threads;
-            try {
-                for (size_t i = 1; i < std::min(num_threads, texts.size()); ++i) threads.emplace_back(work);
-            } catch (const std::system_error&) {
-                // The system gives no more threads; those there are do the work.
-            }
-            work();
-            for (std::thread& thread : threads) thread.join();
+            for_each_on_threads(texts.size(), num_threads, [&](size_t i) { append(texts[i], results[i]); });
         }
-        if (failure) std::rethrow_exception(failure);
         py::list found(results.size());
         for (size_t i = 0; i < results.size(); ++i) found[i] = to_list(results[i]);
         return found;

@@ -9,7 +9,7 @@
 #define FASTLM_HOST_DEVICE
 #endif
 
-namespace fastlm::cuda {
+namespace fastlm {
 
 // u in [0, 1) with 53 random bits. Key: the seed's low and high word; counter: the position's, then zeros.
 FASTLM_HOST_DEVICE inline double uniform(uint64_t seed, uint64_t position) {
@@ -24,4 +24,4 @@ FASTLM_HOST_DEVICE inline double uniform(uint64_t seed, uint64_t position) {
     return static_cast<double>((uint64_t{c0} << 21) | (c1 >> 11)) * 0x1p-53;
 }
 
-}  // namespace fastlm::cuda
+}  // namespace fastlm

@@ -1,4 +1,4 @@
-// What the bindings share: tensors come as addresses, checked before any is read.
+// What the bindings of both cores share: tensors come as addresses, checked before any is read.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,12 @@ T* pointer(Address address, const char* name) {
     if (address == 0) throw std::invalid_argument(std::string(name) + " has no storage");
     if (address % alignof(T)) throw std::invalid_argument(std::string(name) + " is not aligned to its element size");
     return reinterpret_cast<T*>(address);
+}
+
+// Null for an address of 0, which stands for a tensor that was not given.
+template <class T>
+T* optional_pointer(Address address, const char* name) {
+    return address ? pointer<T>(address, name) : nullptr;
 }
 
 inline void require(bool holds, const char* message) {
