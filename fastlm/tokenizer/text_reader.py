@@ -107,7 +107,7 @@ def _checked_size(path: Path) -> int | None:
 
 def _zstandard(path: Path) -> Any:
     if importlib.util.find_spec("zstandard") is None:
-        raise DataError(f"{path}: reading .zst needs the zstandard package: pip install zstandard")
+        raise DataError(f"{path}: reading .zst needs the zstandard package: pip install fastlm[zstd]")
     return importlib.import_module("zstandard")
 
 
