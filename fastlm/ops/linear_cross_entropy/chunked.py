@@ -27,7 +27,7 @@ def token_losses(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sum_dtype` is what the chunks' shares of the weight's gradient are made and summed in."""
+    """The chunks' shares of the weight's gradient are summed in `sum_dtype`."""
     tokens = hidden.shape[0]
     targets = targets.contiguous()
     scale = scale.contiguous() if scale is not None and (needs_hidden or needs_weight) else None
@@ -45,5 +45,8 @@ def token_losses(
         if needs_hidden:
             torch.mm(chunk, weight, out=grad_hidden[rows])
         if needs_weight:
-            grad_weight.addmm_(chunk.to(sum_dtype).t(), chunk_hidden.to(sum_dtype))
+            if sum_dtype == hidden.dtype:
+                grad_weight.addmm_(chunk.t(), chunk_hidden)
+            else:
+                grad_weight += torch.mm(chunk.t(), chunk_hidden)
     return losses, logprobs, entropy, grad_hidden, grad_weight.to(weight.dtype)
