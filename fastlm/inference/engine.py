@@ -68,7 +68,7 @@ class Engine:
     """Serves requests with one model. Not for several threads at once; see `LLM` for that.
 
     Args:
-        model: set to evaluation mode.
+        model: set to evaluation mode. Its weights must not change as long as the engine lives.
         tokenizer: the one that the model was trained with.
         memory: bytes for keys and values. Default: what `max_sequences` of full length need, but at most a quarter of
             the free memory (on a GPU, four fifths of its free memory).
