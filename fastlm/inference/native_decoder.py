@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from fastlm._core import native, native_missing
 from fastlm.model import Transformer
-from fastlm.model.transformer import Block
+from fastlm.model.transformer import Block, Decoder
 from fastlm.nn import Attention, QuantizedEmbedding, QuantizedLinear, RMSNorm, SwiGLU
 
 CLASSES = {torch.float32: "DecoderFloat32", torch.bfloat16: "DecoderBFloat16"}
-MODULES = (Attention, Block, RMSNorm, SwiGLU, nn.Linear, QuantizedLinear, nn.Embedding, QuantizedEmbedding)
+MODULES = (
+    Transformer, Decoder, nn.ModuleList, Block, Attention, SwiGLU, RMSNorm,
+    nn.Linear, QuantizedLinear, nn.Embedding, QuantizedEmbedding,
+)  # fmt: skip
 Weights = tuple[str, int, tuple[int, int, int], int]  # quantization, address, (rows, columns, bytes a row), bias
 
 
@@ -41,8 +44,8 @@ def unsupported(model: Transformer) -> str | None:
         return "runs fp32 and bf16 models on the CPU"
     if config.norm != "rms_norm" or not config.gated_mlp:
         return "knows RMSNorm and gated MLPs alone"
-    for module in model.model.layers.modules():
-        if not isinstance(module, nn.ModuleList) and type(module) not in MODULES:
+    for module in (model, *model.model.modules()):
+        if type(module) not in MODULES:
             return f"does not know {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return "calls no hooks"
@@ -94,11 +97,12 @@ class NativeDecoder:
     def hidden_states(
         self, ids: Tensor, positions: Tensor, slots: Tensor, groups: Sequence[Group], end: int
     ) -> Tensor | None:
-        """What the model gives for a step of `groups`, `(tokens, hidden_size)`; None when another backend is wanted.
+        """What the model gives for a step of `groups`, `(tokens, hidden_size)`.
 
-        ids, positions, slots: `(tokens,)` int64. end: above the last position.
+        None when another backend, or autocast, is wanted. ids, positions, slots: `(tokens,)` int64. end: above the last
+        position.
         """
-        if os.environ.get("FASTLM_BACKEND", "") not in ("", "cpu"):
+        if os.environ.get("FASTLM_BACKEND", "") not in ("", "cpu") or torch.is_autocast_enabled("cpu"):
             return None
         decoder = self._model.model
         hidden = decoder.embed(ids[None], positions[None])[0].contiguous()

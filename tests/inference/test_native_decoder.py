@@ -148,6 +148,11 @@ def test_models_that_it_does_not_know_are_named() -> None:
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
     assert unsupported(model) == "calls no hooks"
 
+    class Changed(Transformer):
+        pass
+
+    assert unsupported(Changed(LLAMA)) == "does not know Changed"
+
 
 @torch.inference_mode()
 def test_another_backend_is_used_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +162,18 @@ def test_another_backend_is_used_when_it_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FASTLM_BACKEND", "reference")
     monkeypatch.setattr(cache._native, "_decoder", None)
     assert torch.allclose(cache.hidden_states(model, chunks).double(), expected, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_autocast_gives_what_the_model_gives_under_it() -> None:
+    model, chunks = model_of(LLAMA, "float32"), chunks_of(LENGTHS, 4)
+    step_by_step = cache_of(model)
+    at_once = cache_of(model, step_by_step)
+    step_by_step._native = None
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, expected = (cache.hidden_states(model, chunks) for cache in (at_once, step_by_step))
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, expected)
 
 
 def decoder() -> tuple[object, list[Tensor]]:
