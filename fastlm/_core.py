@@ -15,6 +15,8 @@ def native() -> ModuleType:
     try:
         import fastlm._native as module
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # pybind11 makes an ImportError of whatever comes
+            raise KeyboardInterrupt from None
         raise NativeCoreError(
             f"fastlm's native core is not available ({error}); reinstall where a C++20 compiler is present: "
             "pip install --force-reinstall --no-deps fastlm"

@@ -1,7 +1,8 @@
 // Three passes over a row that stays in cache (32 KB in fp32 at a vocabulary of 8192): its maximum and sum; the
 // exponentials, their sum and the entropy's; the gradient. The exponentials of the second pass are kept for the third
-// in the row itself, or, for bf16, in an fp32 scratch row, so that each is taken once. Rows are independent: the result
-// does not depend on the number of threads.
+// in the row itself, or, for bf16 and under a softcap, in an fp32 scratch row, so that each is taken once. The slope of
+// the softcap is taken from the logits as they were: 1 - tanh² of the capped ones has no digits left near ±softcap.
+// Rows are independent: the result does not depend on the number of threads.
 #include "cpu/cross_entropy.hpp"
 
 #include <limits>
@@ -22,7 +23,13 @@ FASTLM_INLINE Floats cap(Floats x, float softcap, float inverse) {
     return x;
 }
 
-// One row whose target counts. `work` holds vocab_size floats; it may be the row itself.
+// The derivative of tanh, 1 / cosh², from t = exp(-2 |x|), of which no digit cancels.
+FASTLM_INLINE Floats tanh_slope(Floats x) {
+    const Floats t = exp(-2.0f * maximum(x, -x)), sum = 1.0f + t;
+    return 4.0f * t / (sum * sum);
+}
+
+// One row whose target counts. `work` holds vocab_size floats; without a softcap it may be the row itself.
 template <class T, bool kSoftcap>
 FASTLM_INLINE void run_row(const CrossEntropy<T>& call, int64_t row, float* work) {
     T* logits = call.logits + row * call.stride;
@@ -51,7 +58,7 @@ FASTLM_INLINE void run_row(const CrossEntropy<T>& call, int64_t row, float* work
     const float target_logit = work[target];
 
     Floats exp0{}, exp1{}, weighted0{}, weighted1{};
-    const bool keeps = call.scale && !kSoftcap;  // the softcap's derivative needs the logits again
+    const bool keeps = call.scale;
     for (i = 0; i + 2 * kLanes <= whole; i += 2 * kLanes) {
         const Floats x0 = load(work + i) - max, x1 = load(work + i + kLanes) - max;
         const Floats e0 = exp(x0), e1 = exp(x1);
@@ -77,20 +84,15 @@ FASTLM_INLINE void run_row(const CrossEntropy<T>& call, int64_t row, float* work
     const float scale = call.scale[row];
     const float factor = scale * (1.0f + 2.0f * call.z_loss * lse) / normalizer;
     const float uniform = scale * smoothing / vocab_size;
+    float at_target = factor * std::exp(target_logit - max) - uniform - scale * (1.0f - smoothing);
+    if constexpr (kSoftcap) at_target *= tanh_slope(load_first(logits + target, 1, 0.0f) * inverse)[0];
     for (i = 0; i < vocab_size; i += kLanes) {
         const int64_t n = i < whole ? kLanes : rest;
-        const Floats kept = n == kLanes ? load(work + i) : load_first(work + i, n, 0.0f);
-        Floats gradient;
-        if constexpr (kSoftcap) {
-            const Floats tanh = kept * inverse;
-            gradient = (exp(kept - max) * factor - uniform) * (1.0f - tanh * tanh);
-        } else {
-            gradient = kept * factor - uniform;
-        }
+        const Floats e = n == kLanes ? load(work + i) : load_first(work + i, n, 0.0f);
+        Floats gradient = e * factor - uniform;
+        if constexpr (kSoftcap) gradient *= tanh_slope(load_first(logits + i, n, 0.0f) * inverse);
         n == kLanes ? store(logits + i, gradient) : store_first(logits + i, n, gradient);
     }
-    float at_target = factor * std::exp(target_logit - max) - uniform - scale * (1.0f - smoothing);
-    if constexpr (kSoftcap) at_target *= 1.0f - (target_logit * inverse) * (target_logit * inverse);
     store_first(logits + target, 1, broadcast(at_target));
 }
 
@@ -109,11 +111,11 @@ struct Rows {
     template <class T>
     static FASTLM_INLINE void run(const CrossEntropy<T>& call, int64_t begin, int64_t end) {
         std::unique_ptr<float[]> scratch;
-        if constexpr (!std::is_same_v<T, float>) scratch.reset(new float[call.vocab_size]);
+        if (!std::is_same_v<T, float> || call.softcap > 0) scratch.reset(new float[call.vocab_size]);
         for (int64_t row = begin; row < end; ++row) {
             const int64_t target = call.targets[row];
             float* work = scratch.get();
-            if constexpr (std::is_same_v<T, float>) work = call.logits + row * call.stride;
+            if constexpr (std::is_same_v<T, float>) work = work ? work : call.logits + row * call.stride;
             if (target == call.ignore_index) {
                 fill_row(call, row, 0.0f);
             } else if (target < 0 || target >= call.vocab_size) {

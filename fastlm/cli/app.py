@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from fastlm._version import __version__
+from fastlm.cli import INTERRUPTED
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
@@ -26,12 +29,22 @@ COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train",
 class _Commands(TyperGroup):
     """The root command; says so when it is interrupted."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _saying_interrupted():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _saying_interrupted():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            status_console.print("[yellow]interrupted[/]")
-            raise typer.Exit(130) from None
+
+
+@contextmanager
+def _saying_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        status_console.print("[yellow]interrupted[/]")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(

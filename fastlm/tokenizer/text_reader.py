@@ -11,6 +11,9 @@ import gzip
 import importlib
 import importlib.util
 import json
+import os
+import select
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +29,8 @@ CHUNK_BYTES = 16 << 20  # large enough to keep every thread busy, small against 
 MAX_TEXT_BYTES = 1 << 30  # of a text, or part of a file, that cannot be cut; the native core counts to 4 GiB
 STDIN = Path("-")
 JSON_LINES = (".jsonl", ".ndjson")
+SIGNAL_WAIT = 100  # ms; the longest time for which Ctrl-C may go unseen while a pipe gives nothing
+PIPE_READ_BYTES = 1 << 20  # at a time; the most that Linux lets a user's pipe hold
 
 
 class Reader(Protocol):
@@ -107,27 +112,68 @@ def _checked_size(path: Path) -> int | None:
 
 def _zstandard(path: Path) -> Any:
     if importlib.util.find_spec("zstandard") is None:
-        raise DataError(f"{path}: reading .zst needs the zstandard package: pip install zstandard")
+        raise DataError(f"{path}: reading .zst needs the zstandard package: pip install fastlm[zstd]")
     return importlib.import_module("zstandard")
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Reader]:
     if path == STDIN:
-        yield sys.stdin.buffer
+        stdin = sys.stdin.buffer
+        yield _interruptible(getattr(stdin, "raw", stdin))  # nothing was read, so nothing is buffered
         return
     try:
         handle = path.open("rb", buffering=0)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     with handle:
+        stream = _interruptible(handle)
         if path.suffix == ".gz":
-            yield _Checked(path, gzip.GzipFile(fileobj=handle), (EOFError, gzip.BadGzipFile, zlib.error))
+            yield _Checked(path, gzip.GzipFile(fileobj=stream), (EOFError, gzip.BadGzipFile, zlib.error))
         elif path.suffix == ".zst":
             zstandard = _zstandard(path)
-            yield _Checked(path, _Zstd(handle, zstandard), (EOFError, zstandard.ZstdError))
+            yield _Checked(path, _Zstd(stream, zstandard), (EOFError, zstandard.ZstdError))
         else:
-            yield handle
+            yield stream
+
+
+def _interruptible(stream: Any) -> Any:
+    """`stream`, or where a read of it may wait (a pipe, a terminal, a socket) an `_Interruptible`."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # bytes in memory
+        return stream
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) or not hasattr(select, "poll"):
+        return stream
+    return _Interruptible(stream)
+
+
+class _Interruptible:
+    """Reads as `stream` does, but never waits in a read, where Ctrl-C may go unseen for as long as nothing comes.
+
+    A read that waits is broken off only if the signal comes after the wait began, and to this very thread. The system
+    may hand it to another, such as one of NumPy's, and does when the process was stopped meanwhile. So this waits by
+    short turns, between which Python looks for signals.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._poll = select.poll()
+        self._poll.register(stream, select.POLLIN)
+
+    def read(self, size: int, /) -> bytes:
+        """`size` bytes, or fewer at the end."""
+        parts: list[bytes] = []
+        missing = size
+        while missing > 0:
+            while not self._poll.poll(SIGNAL_WAIT):
+                pass
+            part = self._stream.read(min(missing, PIPE_READ_BYTES))
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
 
 
 class _Checked:

@@ -69,6 +69,44 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(application.app, ["doctor"]).exit_code == 130
 
 
+IMPORTING = """
+import sys
+from fastlm.cli import main
+class Interrupted:  # found first by every import that comes now
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            {action}
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["fastlm", "doctor"]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["fastlm.cli.app", "fastlm.cli.doctor", "fastlm._native"])
+def test_ctrl_c_during_imports_is_one_line_and_130(module: str) -> None:
+    """Also while the native core loads, which pybind11 reports as a failed import."""
+    fails = "raise ImportError('initialization failed') from KeyboardInterrupt()"
+    script = IMPORTING.format(module=module, action=fails if module == "fastlm._native" else "raise KeyboardInterrupt")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_that_python_drops_in_a_callback_comes_again() -> None:
+    """As it does when it falls into the clean-up of an import."""
+    action = """
+            class Dropping:
+                def __del__(self):
+                    raise KeyboardInterrupt
+            Dropping()
+            import time
+            for _ in range(500):
+                time.sleep(0.01)
+"""
+    script = IMPORTING.format(module="fastlm.cli.app", action=action)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -217,31 +218,55 @@ def open_when_read(pipe: Path, process: subprocess.Popen[str]) -> int:
     raise AssertionError(process.communicate()[1])
 
 
-def test_ctrl_c_leaves_the_earlier_file(tmp_path: Path, earlier: Path) -> None:
-    pipe = tmp_path / "pipe"
+def run_until_interrupted(command: list[str | Path], pipe: Path, interrupt: Callable[[int], None]) -> None:
+    """Asserts that `command`, which reads `pipe`, ends as interrupted when `interrupt` gets its process's number."""
     os.mkfifo(pipe)
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastlm", "train-tokenizer", "-d", pipe, "-o", earlier],
+        [sys.executable, *command],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     writer = open_when_read(pipe, process)
     try:
         os.write(writer, b"some words\n" * 100)  # and no end of file
-        for _ in range(60):  # a Ctrl-C that comes while a module is imported may be lost: a user presses again
-            process.send_signal(signal.SIGINT)
-            try:
-                _, err = process.communicate(timeout=1)
-                break
-            except subprocess.TimeoutExpired:
-                pass
+        interrupt(process.pid)
+        _, err = process.communicate(timeout=60)
     finally:
         os.close(writer)
         process.kill()
     assert process.returncode == 130
     assert err.strip() == "interrupted"
+
+
+def test_ctrl_c_leaves_the_earlier_file(tmp_path: Path, earlier: Path) -> None:
+    pipe = tmp_path / "pipe"
+    command = ["-m", "fastlm", "train-tokenizer", "-d", pipe, "-o", earlier]
+    run_until_interrupted(command, pipe, lambda pid: os.kill(pid, signal.SIGINT))
     assert earlier.read_text() == "earlier"
     assert os.listdir(earlier.parent) == [earlier.name]
+
+
+def test_ctrl_c_that_the_system_hands_to_another_thread_ends_a_read(tmp_path: Path, earlier: Path) -> None:
+    """As it may do with a process that was stopped when the signal came. The reading thread's wait then goes on."""
+    pipe = tmp_path / "pipe"
+    script = """
+import signal, sys, threading
+from fastlm.cli.app import run
+def interrupt():
+    signal.sigwait([signal.SIGUSR1])
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+threading.Thread(target=interrupt, daemon=True).start()
+run()
+"""
+
+    def interrupt(pid: int) -> None:
+        time.sleep(0.2)  # by when it reads, and waits for more
+        os.kill(pid, signal.SIGUSR1)
+
+    run_until_interrupted(["-c", script, "train-tokenizer", "-d", pipe, "-o", earlier], pipe, interrupt)
+    assert earlier.read_text() == "earlier"
 
 
 def test_help_shows_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

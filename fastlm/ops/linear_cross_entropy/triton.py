@@ -43,10 +43,13 @@ def supports(
 
 @triton.jit
 def _tanh(x):
-    """By its Taylor series near 0, where the exponential form cancels."""
+    """The hyperbolic tangent and its slope. Near 0, where the exponential form cancels, by its Taylor series; the slope
+    from t = exp(-2|x|), because 1 - tanh² has no digits left far from 0."""
     squared = x * x
     series = x + x * squared * (-0.33333333 + squared * (0.13333333 + squared * (-0.05396825 + squared * 0.02186949)))
-    return tl.where(squared < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(squared < 0.0625, series, tl.where(x < 0.0, -far, far)), 4.0 * t / ((1.0 + t) * (1.0 + t))
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def _kernel(
         in_range = (target >= 0) & (target < vocab_size)
         target_logit = tl.load(logits_ptr + target, in_range, float("nan")).to(tl.float32)
         if HAS_SOFTCAP:
-            target_logit = softcap * _tanh(target_logit / softcap)
+            target_logit = softcap * _tanh(target_logit / softcap)[0]
         peak = tl.full((), -1e30, tl.float32)
         exp_sum = tl.zeros((BLOCK,), tl.float32)
         weighted_sum = tl.zeros((BLOCK,), tl.float32)  # of exp(x - peak) · (x - peak)
@@ -80,7 +83,7 @@ def _kernel(
             mask = start + columns < vocab_size
             x = tl.load(logits_ptr + start + columns, mask, 0.0).to(tl.float32)
             if HAS_SOFTCAP:
-                x = softcap * _tanh(x / softcap)
+                x = softcap * _tanh(x / softcap)[0]
             total += tl.where(mask, x, 0.0)
             new_peak = tl.maximum(peak, tl.max(tl.where(mask, x, -1e30)))
             shrink = tl.exp(peak - new_peak)
@@ -108,9 +111,8 @@ def _kernel(
                 x = tl.load(logits_ptr + start + columns, mask, 0.0).to(tl.float32)
                 slope = 1.0
                 if HAS_SOFTCAP:
-                    tanh = _tanh(x / softcap)
+                    tanh, slope = _tanh(x / softcap)
                     x = softcap * tanh
-                    slope = 1.0 - tanh * tanh
                 gradient = tl.exp(x - peak) * factor - uniform
                 gradient -= tl.where(start + columns == target, at_target, 0.0)
                 tl.store(logits_ptr + start + columns, gradient * slope, mask)
