@@ -1,4 +1,7 @@
-"""Greedy decoding with a KV cache beside transformers' `generate` on the same weights. Tokens are compared first."""
+"""Greedy decoding with a KV cache beside transformers' `generate` on the same weights. Tokens are compared first.
+
+The last case is what a server meets: requests of many lengths that come and go. Transformers pads them to batches.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from collections.abc import Callable, Iterable
 import torch
 from fastlm.benchmarks.harness import Case
 
-from fastlm.inference import SamplingParams, generate
+from fastlm.inference import Engine, SamplingParams, generate
 from fastlm.model import ModelConfig, Transformer
 from fastlm.model.huggingface_config import config_to_huggingface
 from fastlm.tokenizer import Tokenizer
 
 NEW_TOKENS = 64
+MIXED = [(8 + 37 * i % 113, 8 + 29 * i % 89) for i in range(32)]  # tokens of prompt and tokens to generate
+STATIC_BATCH = 8  # requests that transformers pads to one length
 
 
 def cases(device: str) -> Iterable[Case]:
@@ -38,6 +43,60 @@ def cases(device: str) -> Iterable[Case]:
             work=batch * NEW_TOKENS,
             unit="tokens",
         )
+
+    engine = Engine(model, tokenizer)
+    yield Case(
+        name=f"hidden {hidden_size}, {num_layers} layers, {len(MIXED)} requests of mixed lengths",
+        ours=serve(engine),
+        peers={"transformers, padded by 8": padded_batches(theirs, device)},
+        check=check,
+        work=sum(new for _, new in MIXED),
+        unit="tokens",
+    )
+
+
+def mixed_prompt(index: int) -> list[int]:
+    return [(index * 7 + j * 13) % 256 for j in range(MIXED[index][0])]
+
+
+def serve(engine: Engine) -> Callable[[], list[list[int]]]:
+    def run() -> list[list[int]]:
+        engine.blocks.forget_all()  # each call computes its prompts anew
+        for i, (_, new) in enumerate(MIXED):
+            engine.add_request(i, mixed_prompt(i), SamplingParams(max_tokens=new, temperature=0, ignore_eos=True))
+        tokens: list[list[int]] = [[] for _ in MIXED]
+        while engine.has_work:
+            for piece in engine.step():
+                assert isinstance(piece.request_id, int)
+                assert piece.token_id is not None
+                tokens[piece.request_id].append(piece.token_id)
+        return tokens
+
+    return run
+
+
+def padded_batches(model: torch.nn.Module, device: str) -> Callable[[], list[list[int]]]:
+    def run() -> list[list[int]]:
+        tokens = []
+        for first in range(0, len(MIXED), STATIC_BATCH):
+            batch = range(first, first + STATIC_BATCH)
+            longest, new = (max(MIXED[i][j] for i in batch) for j in range(2))
+            ids = torch.tensor([[0] * (longest - MIXED[i][0]) + mixed_prompt(i) for i in batch], device=device)
+            mask = torch.tensor([[int(j >= longest - MIXED[i][0]) for j in range(longest)] for i in batch])
+            with torch.inference_mode():
+                out = model.generate(  # type: ignore[operator]
+                    ids,
+                    attention_mask=mask.to(device),
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                )
+            tokens += [row[: MIXED[i][1]] for i, row in zip(batch, out[:, longest:].tolist(), strict=True)]
+        return tokens
+
+    return run
 
 
 def hugging_face_model(transformers, config: ModelConfig, model: Transformer) -> torch.nn.Module:  # type: ignore[no-untyped-def]

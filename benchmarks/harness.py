@@ -137,15 +137,19 @@ _left_out: list[str] = []
 def optional(package: str) -> ModuleType | None:
     """The package, or None where it is not installed, which is then told to the reader of the results."""
     if importlib.util.find_spec(package) is None:
-        note = f"{package} is not installed, so it is left out"
-        if note not in _left_out:
-            _left_out.append(note)
+        leave_out(f"{package} is not installed, so it is left out")
         return None
     return importlib.import_module(package)
 
 
+def leave_out(note: str) -> None:
+    """Tells the reader of the results, once, what was not measured and why."""
+    if note not in _left_out:
+        _left_out.append(note)
+
+
 def left_out() -> list[str]:
-    """What `optional` did not find so far, one line each."""
+    """What was left out so far, one line each."""
     return list(_left_out)
 
 

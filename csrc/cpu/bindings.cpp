@@ -7,6 +7,7 @@ namespace py = pybind11;
 namespace fastlm {
 
 void bind_cpu_decode_attention(py::module_& m);
+void bind_cpu_decoder(py::module_& m);
 void bind_cpu_fused(py::module_& m);
 void bind_cpu_quantized(py::module_& m);
 void bind_cpu_sampling(py::module_& m);
@@ -26,6 +27,7 @@ void bind_cpu(py::module_& m) {
         },
         "Instruction sets that the kernels may use on this processor.");
     bind_cpu_decode_attention(m);
+    bind_cpu_decoder(m);
     bind_cpu_fused(m);
     bind_cpu_quantized(m);
     bind_cpu_sampling(m);

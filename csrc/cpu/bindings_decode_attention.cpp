@@ -22,26 +22,6 @@ cpu::FloatType float_type(const std::string& dtype) {
     throw std::invalid_argument("q must be float32, bfloat16 or float16, not " + dtype);
 }
 
-void check_table(const cpu::DecodeShape& shape, const int32_t* table, const int32_t* lengths, int64_t window) {
-    const int64_t most = shape.max_blocks * shape.block_size;
-    for (int64_t row = 0; row < shape.batch; ++row) {
-        const int64_t length = lengths[row];
-        if (length < 0 || length > most) {
-            throw std::invalid_argument("context_lens[" + std::to_string(row) + "] is " + std::to_string(length) +
-                                        ", but a row of block_table holds 0 to " + std::to_string(most) + " tokens");
-        }
-        const int64_t first = cpu::first_visible(length, shape.query_len, window);
-        for (int64_t i = first / shape.block_size; i * shape.block_size < length; ++i) {
-            const int64_t block = table[row * shape.max_blocks + i];
-            if (block < 0 || block >= shape.blocks) {
-                throw std::invalid_argument("block_table[" + std::to_string(row) +
-                                            "] names a block outside the cache of " + std::to_string(shape.blocks) +
-                                            ": " + std::to_string(block));
-            }
-        }
-    }
-}
-
 std::vector<int32_t> copy(Address from, int64_t size, const char* name) {
     if (size == 0) return {};
     const int32_t* p = pointer<const int32_t>(from, name);
@@ -72,7 +52,7 @@ void decode_attention(const std::string& q_dtype, Address q, const std::array<in
     const std::vector<int32_t> lengths = copy(context_lens, shape.batch, "context_lens");
     const std::vector<int32_t> table = copy(block_table, shape.batch * max_blocks, "block_table");
     call.context_lens = lengths.data(), call.block_table = table.data();
-    check_table(shape, call.block_table, call.context_lens, window);
+    cpu::check_block_table(shape, call.block_table, call.context_lens, window);
     call.q = pointer<const char>(q, "q"), call.out = pointer<char>(out, "out");
     if (shape.blocks) call.k = pointer<const C>(k, "k_cache"), call.v = pointer<const C>(v, "v_cache");
     call.scale = scale, call.window = window, call.softcap = softcap;

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/shuffle.hpp"
@@ -402,6 +404,26 @@ struct Combine {
 };
 
 }  // namespace
+
+void check_block_table(const DecodeShape& shape, const int32_t* table, const int32_t* lengths, int64_t window) {
+    const int64_t most = shape.max_blocks * shape.block_size;
+    for (int64_t row = 0; row < shape.batch; ++row) {
+        const int64_t length = lengths[row];
+        if (length < 0 || length > most) {
+            throw std::invalid_argument("context_lens[" + std::to_string(row) + "] is " + std::to_string(length) +
+                                        ", but a row of block_table holds 0 to " + std::to_string(most) + " tokens");
+        }
+        const int64_t first = first_visible(length, shape.query_len, window);
+        for (int64_t i = first / shape.block_size; i * shape.block_size < length; ++i) {
+            const int64_t block = table[row * shape.max_blocks + i];
+            if (block < 0 || block >= shape.blocks) {
+                throw std::invalid_argument("block_table[" + std::to_string(row) +
+                                            "] names a block outside the cache of " + std::to_string(shape.blocks) +
+                                            ": " + std::to_string(block));
+            }
+        }
+    }
+}
 
 template <class C>
 void decode_attention(const DecodeAttention<C>& call, int num_threads) {

@@ -40,6 +40,9 @@ inline int64_t first_visible(int64_t length, int64_t query_len, int64_t window) 
     return window && first > 0 ? first : 0;
 }
 
+// Throws std::invalid_argument unless each length fits its row of the table, and the blocks that will be read the cache.
+void check_block_table(const DecodeShape& shape, const int32_t* table, const int32_t* lengths, int64_t window);
+
 template <class C>
 void decode_attention(const DecodeAttention<C>& call, int num_threads);
 

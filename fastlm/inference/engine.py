@@ -11,11 +11,8 @@ where one is rounded to another step, and so may part after a prompt that is rea
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Hashable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +20,7 @@ import torch
 from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference.block_manager import BlockManager
 from fastlm.inference.grammar import GrammarCompiler
+from fastlm.inference.memory import blocks_in
 from fastlm.inference.model_runner import ChunkResult, ModelRunner
 from fastlm.inference.outputs import FinishReason, Piece
 from fastlm.inference.paged_cache import PagedCache
@@ -38,8 +36,6 @@ from fastlm.tokenizer import Tokenizer
 PastContext = Literal["stop", "reread"]
 CPU_BATCH_TOKENS = 512  # a chunk this long already keeps the cores busy, and another request waits no longer for it
 GPU_BATCH_TOKENS = 8192
-SHARE_OF_FREE_MEMORY = 0.25  # of the machine's, when `memory` is not given
-SHARE_OF_FREE_GPU_MEMORY = 0.8
 NOT_FINITE = "the model's logits are not finite, or every token is forbidden"
 VOCABULARY_PADDING = 64  # published models round the rows of their embedding up to multiples of this or of more
 
@@ -72,7 +68,7 @@ class Engine:
     """Serves requests with one model. Not for several threads at once; see `LLM` for that.
 
     Args:
-        model: set to evaluation mode.
+        model: set to evaluation mode. Its weights must not change as long as the engine lives.
         tokenizer: the one that the model was trained with.
         memory: bytes for keys and values. Default: what `max_sequences` of full length need, but at most a quarter of
             the free memory (on a GPU, four fifths of its free memory).
@@ -126,14 +122,14 @@ class Engine:
             self.context_length: int | None = model.config.context_length
             longest = -(-self.context_length // block_size)
             per_block = PagedCache.bytes_per_block(model, block_size)
-            num_blocks = _blocks_in(memory, per_block, max_sequences * longest, model.output_weight.device)
+            num_blocks = blocks_in(memory, per_block, max_sequences * longest, model.output_weight.device)
             cache = PagedCache(model, num_blocks, block_size)
             self.blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
         else:
             self.context_length = None
             self.num_drafts = 0  # the state cannot go back over a wrong guess
             per_block = RecurrentCache.bytes_per_block(model)
-            num_blocks = _blocks_in(memory, per_block, max_sequences, model.output_weight.device)
+            num_blocks = blocks_in(memory, per_block, max_sequences, model.output_weight.device)
             cache = RecurrentCache(model, num_blocks)
             self.blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=False)
         self.scheduler = Scheduler(
@@ -387,25 +383,3 @@ def _require_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"the tokenizer has {ids} ids and the model {rows}: give the tokenizer that the model was trained with"
         )
-
-
-def _blocks_in(memory: int | None, bytes_per_block: int, enough: int, device: torch.device) -> int:
-    """How many blocks `memory` holds; without it, `enough`, or what the free memory allows."""
-    if memory is None:
-        if device.type == "cuda":
-            memory = int(SHARE_OF_FREE_GPU_MEMORY * torch.cuda.mem_get_info(device)[0])
-        else:
-            memory = int(SHARE_OF_FREE_MEMORY * _free_memory())
-        return max(1, min(enough, memory // bytes_per_block))
-    if memory < bytes_per_block:
-        raise CapacityError(f"memory={memory} bytes holds no block, which takes {bytes_per_block}; give more")
-    return memory // bytes_per_block
-
-
-def _free_memory() -> int:
-    """Bytes; where the system does not say what is free, half of all."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

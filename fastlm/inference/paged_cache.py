@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fastlm.inference.native_decoder import Group, NativeDecoder, unsupported
 from fastlm.inference.scheduler import Chunk
 from fastlm.model import Transformer
 from fastlm.ops import attention, decode_attention
@@ -28,6 +29,7 @@ class PagedCache:
         shape, device = (num_blocks, block_size, c.num_kv_heads, c.head_dim), model.output_weight.device
         self.keys = [torch.empty(shape, dtype=model.dtype, device=device) for _ in range(c.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
+        self._native = NativeDecoder(model, self.keys, self.values) if unsupported(model) is None else None
 
     @staticmethod
     def bytes_per_block(model: Transformer, block_size: int) -> int:
@@ -40,22 +42,15 @@ class PagedCache:
         step = PagedStep(self, [chunks[i] for i in order])
         device = self.keys[0].device
         ids = torch.tensor([token for i in order for token in chunks[i].ids], device=device)
-        hidden = model.hidden_states(ids[None], step)[0]
+        hidden = None
+        if self._native is not None and not step.prefills:
+            hidden = self._native.hidden_states(ids, step.positions(0)[0], step.slots, step.groups, step.end(0))
+        if hidden is None:
+            hidden = model.hidden_states(ids[None], step)[0]
         if order == list(range(len(chunks))):
             return hidden
         pieces = dict(zip(order, hidden.split([len(chunks[i].ids) for i in order]), strict=True))
         return torch.cat([pieces[i] for i in range(len(chunks))])
-
-
-@dataclass
-class _Group:
-    """Sequences with the same small number of new tokens, in rows `rows` of the step."""
-
-    rows: slice
-    size: int
-    query_len: int
-    block_table: Tensor  # (size, max_blocks) int32
-    context_lens: Tensor  # (size,) int32
 
 
 @dataclass
@@ -76,8 +71,8 @@ class PagedStep:
         block_size = cache.keys[0].shape[1]
         positions: list[int] = []
         slots: list[int] = []
-        self._groups: list[_Group] = []
-        self._prefills: list[_Prefill] = []
+        self.groups: list[Group] = []
+        self.prefills: list[_Prefill] = []
         for query_len, members in groupby(chunks, key=lambda chunk: len(chunk.ids)):
             group = list(members)
             first_row = len(positions)
@@ -88,12 +83,12 @@ class PagedStep:
                 slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, end))
                 if query_len > MAX_QUERY_LEN:
                     used = torch.tensor(blocks[: -(-end // block_size)], device=device)
-                    self._prefills.append(_Prefill(slice(row, row + query_len), chunk.start, used))
+                    self.prefills.append(_Prefill(slice(row, row + query_len), chunk.start, used))
             if query_len <= MAX_QUERY_LEN:
                 longest = max(len(chunk.sequence.table.blocks) for chunk in group)
                 table = [c.sequence.table.blocks + [0] * (longest - len(c.sequence.table.blocks)) for c in group]
-                self._groups.append(
-                    _Group(
+                self.groups.append(
+                    Group(
                         slice(first_row, len(positions)),
                         len(group),
                         query_len,
@@ -103,7 +98,7 @@ class PagedStep:
                 )
         self._end = max(positions) + 1
         self._positions = torch.tensor([positions], device=device)
-        self._slots = torch.tensor(slots, device=device)
+        self.slots = torch.tensor(slots, device=device)
 
     def end(self, seq: int) -> int:
         return self._end
@@ -127,10 +122,10 @@ class PagedStep:
     ) -> Tensor:
         q, k, v = q[0], k[0], v[0]
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
-        values.flatten(0, 1)[self._slots] = v.to(values.dtype)
+        keys.flatten(0, 1)[self.slots] = k.to(keys.dtype)
+        values.flatten(0, 1)[self.slots] = v.to(values.dtype)
         out = torch.empty_like(q)
-        for group in self._groups:
+        for group in self.groups:
             out[group.rows] = decode_attention(
                 q[group.rows].unflatten(0, (group.size, group.query_len)),
                 keys,
@@ -141,7 +136,7 @@ class PagedStep:
                 window=window,
                 softcap=softcap,
             ).flatten(0, 1)
-        for prefill in self._prefills:
+        for prefill in self.prefills:
             rows = prefill.rows
             if prefill.start == 0:
                 its_keys, its_values = k[rows], v[rows]

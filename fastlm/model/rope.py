@@ -32,10 +32,18 @@ class RotaryTables:
 
     def tables(self, layer: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) with at least `length` rows."""
+        return self.kinds(length, device)[self._kind[layer]]
+
+    def kinds(self, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """The different tables that layers have, each with at least `length` rows."""
         made = self._tables.get(device)
         if made is None or made[0][0].shape[0] < length:
             made = self._tables[device] = self._make(length, device)
-        return made[self._kind[layer]]
+        return made
+
+    def kind(self, layer: int) -> int:
+        """Which of `kinds` the layer has."""
+        return self._kind[layer]
 
     def _make(self, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         rows = FIRST_LENGTH

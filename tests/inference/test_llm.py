@@ -118,7 +118,9 @@ def test_a_prompt_that_is_refused_takes_those_beside_it_along(paged) -> None:
 
 def test_a_failing_model_fails_its_requests_and_not_the_next(paged, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(paged.model, "hidden_states", lambda *_: (_ for _ in ()).throw(MemoryError("too large")))
+        patch.setattr(
+            paged._engine.runner.cache, "hidden_states", lambda *_: (_ for _ in ()).throw(MemoryError("too large"))
+        )
         completions = paged.generate(["a", "b"], replace(GREEDY, n=2))
         assert [c.finish_reason for c in completions] == ["error"] * 4
         assert "MemoryError: too large" in completions[0].error

@@ -1,0 +1,149 @@
+// Binding of the decoder. Tensors come as addresses, which stay valid as long as the decoder is used; shapes, positions,
+// slots and block tables are checked here before any is read.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "addresses.hpp"
+#include "cpu/decode_attention.hpp"
+#include "cpu/decoder.hpp"
+#include "cpu/quantized_linear.hpp"
+
+namespace py = pybind11;
+
+namespace fastlm {
+namespace {
+
+using Weights = std::tuple<std::string, Address, std::array<int64_t, 3>, Address>;  // shape and stride; bias
+using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, Address, Address>;
+using Table = std::tuple<Address, Address, int64_t>;  // cos, sin, positions
+
+template <class T>
+class Decoder {
+   public:
+    Decoder(int64_t hidden_size, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate_size,
+            int64_t blocks, int64_t block_size, float eps, float scale, float softcap, bool gelu, Address norm) {
+        require(hidden_size > 0 && intermediate_size > 0 && head_dim > 0, "sizes must be positive");
+        require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+        require(blocks > 0 && block_size > 0, "the cache must have blocks");
+        decoder_.shape = {hidden_size, heads, kv_heads, head_dim, intermediate_size, blocks, block_size, eps, scale,
+                          softcap, gelu};
+        decoder_.norm = pointer<const float>(norm, "norm");
+    }
+
+    // norms: input, q, k, after attention, before the MLP, after it; 0 where there is none.
+    void add_layer(const std::array<Address, 6>& norms, const std::array<Weights, 7>& weights, int64_t window,
+                   int64_t table, Address keys, Address values) {
+        const cpu::DecoderShape& shape = decoder_.shape;
+        const int64_t hidden = shape.hidden_size, inner = shape.intermediate_size;
+        const int64_t q = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
+        require(window >= 0 && table >= -1, "window and table must not be negative");
+        require((norms[1] == 0) == (norms[2] == 0), "queries and keys must both have a norm, or neither");
+        require(table == -1 || shape.head_dim % 2 == 0, "head_dim must be even to be rotated");
+        cpu::DecoderLayer<T> layer{};
+        const float** to[] = {&layer.input_norm,     &layer.q_norm,   &layer.k_norm,
+                              &layer.attention_norm, &layer.mlp_norm, &layer.output_norm};
+        for (int i = 0; i < 6; ++i) *to[i] = optional_pointer<const float>(norms[i], "norm");
+        layer.q = projection(weights[0], q, hidden), layer.k = projection(weights[1], kv, hidden);
+        layer.v = projection(weights[2], kv, hidden), layer.o = projection(weights[3], hidden, q);
+        layer.gate = projection(weights[4], inner, hidden), layer.up = projection(weights[5], inner, hidden);
+        layer.down = projection(weights[6], hidden, inner);
+        layer.window = window, layer.table = table;
+        layer.keys = pointer<T>(keys, "keys"), layer.values = pointer<T>(values, "values");
+        decoder_.layers.push_back(layer);
+    }
+
+    void run(int64_t rows, Address hidden, Address positions, Address slots, const std::vector<Group>& groups,
+             const std::vector<Table>& tables, Address out, int num_threads) const {
+        const cpu::DecoderShape& shape = decoder_.shape;
+        require(rows > 0, "a step must have rows");
+        // Copies, so that what was checked is what is used, whatever another thread does to the tensors meanwhile.
+        const std::vector<int64_t> position = copy<int64_t>(positions, rows), slot = copy<int64_t>(slots, rows);
+        std::vector<std::vector<int32_t>> numbers;
+        cpu::DecoderStep<T> step{rows, pointer<const T>(hidden, "hidden"), position.data(), slot.data(), {}, {},
+                                 pointer<T>(out, "out")};
+        int64_t length = INT64_MAX, covered = 0;
+        for (const auto& [cos, sin, its_length] : tables) {
+            step.tables.push_back({pointer<const float>(cos, "cos"), pointer<const float>(sin, "sin")});
+            length = std::min(length, its_length);
+        }
+        for (const cpu::DecoderLayer<T>& layer : decoder_.layers) {
+            require(layer.table < static_cast<int64_t>(tables.size()), "a layer's rotary table is missing");
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+            require(position[row] >= 0 && position[row] < length, "a position lies outside the rotary tables");
+            require(slot[row] >= 0 && slot[row] < shape.blocks * shape.block_size, "a slot lies outside the cache");
+        }
+        for (const auto& [first_row, size, query_len, max_blocks, table, lengths] : groups) {
+            require(first_row == covered && size > 0 && query_len > 0 && size <= rows && query_len <= rows,
+                    "groups must follow each other");
+            require(max_blocks >= 0 && max_blocks <= shape.blocks, "block_table is wider than the cache has blocks");
+            covered += size * query_len;
+            require(covered <= rows, "groups must have as many rows as the step");
+            numbers.push_back(copy<int32_t>(table, size * max_blocks));
+            numbers.push_back(copy<int32_t>(lengths, size));
+            const int32_t *its_table = numbers[numbers.size() - 2].data(), *its_lengths = numbers.back().data();
+            cpu::check_block_table({size, query_len, shape.heads, shape.kv_heads, shape.head_dim, shape.blocks,
+                                    shape.block_size, max_blocks},
+                                   its_table, its_lengths, 0);
+            step.groups.push_back({first_row, size, query_len, max_blocks, its_table, its_lengths});
+        }
+        require(covered == rows, "groups must have as many rows as the step");
+        py::gil_scoped_release release;
+        decoder_.run(step, num_threads);
+    }
+
+   private:
+    cpu::Decoder<T> decoder_;
+
+    template <class Number>
+    static std::vector<Number> copy(Address from, int64_t size) {
+        if (size == 0) return {};
+        const Number* p = pointer<const Number>(from, "positions, slots or block_table");
+        return {p, p + size};
+    }
+
+    static cpu::Projection projection(const Weights& weights, int64_t out_features, int64_t in_features) {
+        const auto& [quantization, address, shape, bias] = weights;
+        require(shape[0] == out_features && shape[1] == in_features, "a projection does not fit the decoder's sizes");
+        cpu::Projection made{quantization, nullptr, out_features, in_features, shape[2], nullptr};
+        made.bias = optional_pointer<const float>(bias, "bias");
+        int64_t row_bytes = in_features * static_cast<int64_t>(sizeof(T));
+        if (quantization.empty()) {
+            made.weight = pointer<const T>(address, "weight");
+            require(shape[2] % sizeof(T) == 0, "rows of weight must be aligned to their elements");
+        } else {
+            const cpu::BlockFormat format = cpu::block_format(quantization);
+            require(in_features % format.block_size == 0, "in_features must be a multiple of the format's block size");
+            row_bytes = in_features / format.block_size * format.block_bytes;
+            made.weight = pointer<const uint8_t>(address, "weight");
+        }
+        require(shape[2] >= row_bytes, "rows of weight must not overlap");
+        return made;
+    }
+};
+
+template <class T>
+void bind(py::module_& m, const char* name) {
+    py::class_<Decoder<T>>(m, name, "All layers of a transformer over the few new tokens of a decoding step.")
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, float, bool, Address>(),
+             py::kw_only(), py::arg("hidden_size"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+             py::arg("intermediate_size"), py::arg("blocks"), py::arg("block_size"), py::arg("eps"), py::arg("scale"),
+             py::arg("softcap"), py::arg("gelu"), py::arg("norm"))
+        .def("add_layer", &Decoder<T>::add_layer)
+        .def("run", &Decoder<T>::run);
+}
+
+}  // namespace
+
+void bind_cpu_decoder(py::module_& m) {
+    bind<float>(m, "DecoderFloat32");
+    bind<cpu::BFloat16>(m, "DecoderBFloat16");
+}
+
+}  // namespace fastlm

@@ -1,0 +1,68 @@
+// All layers of a transformer over the few new tokens of a decoding step, in one call.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/vector16.hpp"
+
+namespace fastlm::cpu {
+
+struct DecoderShape {
+    int64_t hidden_size, heads, kv_heads, head_dim, intermediate_size;
+    int64_t blocks, block_size;  // of the cache
+    float eps, scale, softcap;   // softcap 0: none
+    bool gelu;                   // else SiLU
+};
+
+// Rows of weights, `stride` bytes apart: blocks of a format of `quantized_linear`, or elements where that is empty.
+struct Projection {
+    std::string quantization;
+    const void* weight;
+    int64_t out_features, in_features, stride;
+    const float* bias;  // may be null
+};
+
+// Norms hold their weights with the offset added, or are null where the layer has none.
+template <class T>
+struct DecoderLayer {
+    const float *input_norm, *q_norm, *k_norm, *attention_norm, *mlp_norm, *output_norm;
+    Projection q, k, v, o, gate, up, down;
+    int64_t window;   // 0: none
+    int64_t table;    // which of the step's rotary tables; -1: no rotation
+    T *keys, *values;  // (blocks, block_size, kv_heads, head_dim), contiguous
+};
+
+// `size` sequences of `query_len` new tokens each, whose rows follow each other from `first_row` on.
+struct DecoderGroup {
+    int64_t first_row, size, query_len, max_blocks;
+    const int32_t *block_table, *context_lens;
+};
+
+struct RotaryTable {
+    const float *cos, *sin;  // (positions, head_dim / 2)
+};
+
+// Everything checked by the caller.
+template <class T>
+struct DecoderStep {
+    int64_t rows;
+    const T* hidden;            // (rows, hidden_size): the embedded tokens
+    const int64_t* positions;   // (rows)
+    const int64_t* slots;       // (rows): block · block_size + place, of the cache
+    std::vector<DecoderGroup> groups;
+    std::vector<RotaryTable> tables;
+    T* out;  // (rows, hidden_size): hidden states, after the last norm
+};
+
+template <class T>
+struct Decoder {
+    DecoderShape shape;
+    std::vector<DecoderLayer<T>> layers;
+    const float* norm;
+
+    void run(const DecoderStep<T>& step, int num_threads) const;
+};
+
+}  // namespace fastlm::cpu
