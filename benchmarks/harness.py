@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import pkgutil
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -137,15 +138,19 @@ _left_out: list[str] = []
 def optional(package: str) -> ModuleType | None:
     """The package, or None where it is not installed, which is then told to the reader of the results."""
     if importlib.util.find_spec(package) is None:
-        note = f"{package} is not installed, so it is left out"
-        if note not in _left_out:
-            _left_out.append(note)
+        leave_out(f"{package} is not installed, so it is left out")
         return None
     return importlib.import_module(package)
 
 
+def leave_out(note: str) -> None:
+    """Tells the reader of the results, in one line, what was not measured and why."""
+    if note not in _left_out:
+        _left_out.append(note)
+
+
 def left_out() -> list[str]:
-    """What `optional` did not find so far, one line each."""
+    """What was left out so far, one line each."""
     return list(_left_out)
 
 
@@ -171,7 +176,10 @@ def measure_ceilings(device: str) -> Ceilings:
 
 
 def _times(functions: list[Callable[[], Any]], device: str, seconds: float, min_runs: int = 3) -> list[list[float]]:
-    """Times of each function, called in turn, so that a slow spell of the machine falls on all alike."""
+    """Times of each function, called in turn, so that a slow spell of the machine falls on all alike.
+
+    The order changes at random: what one leaves in the processor's caches falls on all alike too.
+    """
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
     for function in functions:
         clock(function)  # warm: caches, compilation, allocator
@@ -181,8 +189,11 @@ def _times(functions: list[Callable[[], Any]], device: str, seconds: float, min_
     gc.disable()
     try:
         end = time.perf_counter() + seconds * len(functions)
+        order = list(zip(functions, times, strict=True))
+        shuffle = random.Random(0).shuffle
         while time.perf_counter() < end or len(times[0]) < min_runs:
-            for function, its_times in zip(functions, times, strict=True):
+            shuffle(order)
+            for function, its_times in order:
                 its_times.append(clock(function))
             if len(times[0]) >= 1000:
                 break
