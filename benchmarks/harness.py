@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import pkgutil
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -175,7 +176,10 @@ def measure_ceilings(device: str) -> Ceilings:
 
 
 def _times(functions: list[Callable[[], Any]], device: str, seconds: float, min_runs: int = 3) -> list[list[float]]:
-    """Times of each function, called in turn, so that a slow spell of the machine falls on all alike."""
+    """Times of each function, called in turn, so that a slow spell of the machine falls on all alike.
+
+    The order changes at random: what one leaves in the processor's caches falls on all alike too.
+    """
     clock = _cuda_seconds if device.startswith("cuda") else _cpu_seconds
     for function in functions:
         clock(function)  # warm: caches, compilation, allocator
@@ -185,8 +189,11 @@ def _times(functions: list[Callable[[], Any]], device: str, seconds: float, min_
     gc.disable()
     try:
         end = time.perf_counter() + seconds * len(functions)
+        order = list(zip(functions, times, strict=True))
+        shuffle = random.Random(0).shuffle
         while time.perf_counter() < end or len(times[0]) < min_runs:
-            for function, its_times in zip(functions, times, strict=True):
+            shuffle(order)
+            for function, its_times in order:
                 its_times.append(clock(function))
             if len(times[0]) >= 1000:
                 break

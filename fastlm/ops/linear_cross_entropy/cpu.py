@@ -1,6 +1,6 @@
 """On the CPU: chunks of tokens, matrix products by torch, and between them `csrc/cpu/cross_entropy.cpp`, which makes
-loss and gradient of a row of logits while it is in cache. A chunk is a sixteenth of the tokens (an eighth in bf16, whose
-products take a fifth of the time, so that summing the chunks' shares of the weight's gradient counts), and its logits
+loss and gradient of a row of logits while it is in cache. A chunk is a sixteenth of the tokens, and in bf16 an eighth:
+its products take a fifth of the time, so that summing the chunks' shares of the weight's gradient counts. Its logits
 take a few percent of the memory that the plain version does. The shares are summed in fp32: each was rounded once, and
 so was the sum, which makes 1.4 times the error of the plain version's one rounding.
 """
