@@ -26,6 +26,7 @@ def plot_ratios(results: Sequence[Result], path: Path, title: str) -> None:
     )
     axes.bar_label(bars, [f" {r:.2f}×" for r in ratios], fontsize=8)
     axes.set_yticks(range(len(results)), [f"{r.benchmark}: {r.case} | {r.peer}" for r in results], fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 1.5)
