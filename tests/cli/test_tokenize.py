@@ -90,6 +90,10 @@ def test_without_a_tokenizer_one_is_trained_and_said(
     output = capsys.readouterr()
     assert "the| class| statement" in output.out
     assert "no --tokenizer given" in output.err
+    assert fastlm(monkeypatch, "tokenize", "한국어 문장입니다. 옛 뜻을 읽었다. Next one.") == 0
+    out = capsys.readouterr().out
+    assert "한국어| 문장|입|니다|." in out
+    assert "\\x" not in out
 
 
 def test_file_and_standard_input_are_read(
