@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.granularity import Unit
     from fastlm.tokenizer.tokenizer import Tokenizer
 
+MAX_BYTES = 8 << 20  # of text; each piece of it takes some 300 bytes of memory
 SHOWN_UNITS = 2000  # a terminal's memory, and a reader's patience, end about there
 COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "white on blue")
 STAND_IN_VOCAB_SIZE = 16384
@@ -144,7 +145,8 @@ def _read_text(text: str | None, file: Path | None) -> str:
     elif file is not None:
         source = str(file)
         try:
-            data = file.read_bytes()
+            with file.open("rb") as handle:
+                data = handle.read(MAX_BYTES + 1)
         except IsADirectoryError:
             raise DataError(f"{file}: is a directory; give a text file") from None
         except OSError as error:
@@ -152,9 +154,13 @@ def _read_text(text: str | None, file: Path | None) -> str:
     elif sys.stdin.isatty():
         raise typer.BadParameter("give TEXT, --file, or a text on standard input")
     else:
-        data, source = sys.stdin.buffer.read(), "standard input"
+        data, source = sys.stdin.buffer.read(MAX_BYTES + 1), "standard input"
     if not data:
         raise DataError(f"{source} is empty; there is nothing to tokenize")
+    if len(data) > MAX_BYTES:
+        raise DataError(
+            f"{source}: more than {MAX_BYTES >> 20} MiB, too much to show; cut it first, as with: head -c 100000"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -129,6 +129,7 @@ def test_markup_in_the_text_is_printed_as_it_is(
     [
         (("",), "TEXT is empty"),
         (("--file", "empty.txt"), "empty.txt is empty"),
+        (("--file", "large.txt"), "large.txt: more than 8 MiB, too much to show; cut it first"),
         (("--file", "."), "is a directory; give a text file"),
         (("--file", "absent.txt"), "absent.txt: No such file or directory"),
         (("--file", "latin.txt"), "latin.txt: not UTF-8: byte 0xe9 at offset 3"),
@@ -147,6 +148,7 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "large.txt").write_bytes(b"a" * ((8 << 20) + 1))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.json").write_text('{"model": {"type": "BPE", "vocab": {"a"')
     (tmp_path / "other.json").write_text('{"hidden_size": 64}')
