@@ -10,6 +10,7 @@ namespace fastlm::tokenizer {
 namespace {
 
 constexpr size_t kPieceBytes = size_t{1} << 19;         // one thread's unit of work, about 5 ms
+constexpr size_t kMostWordBytes = size_t{1} << 24;      // merging one takes some 70 times as much memory
 constexpr size_t kParallelFromBytes = size_t{1} << 18;  // below this, starting threads costs more than it saves
 
 uint64_t fold_multiply(uint64_t a, uint64_t b) {
@@ -176,6 +177,7 @@ std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> te
             }
             const char* text = pieces[i].bytes.data();
             split(pattern_, scanner_, text, pieces[i].bytes.size(), [&](const char* data, size_t length) {
+                if (length > kMostWordBytes) throw std::length_error("a word is longer than 16 MiB");
                 const std::string_view word{data, length};
                 table.add(word, hash_bytes(word), 1, [](std::string_view bytes) { return bytes.data(); });
                 ++words;

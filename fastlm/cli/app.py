@@ -87,6 +87,8 @@ def run() -> None:
     except OSError as error:  # a full disk, a missing directory, no permission: the system's own words suffice
         where = f": {error.filename}" if error.filename else ""
         fail(f"{error.strerror or error}{where}")
+    except MemoryError:
+        fail("there is not enough memory for this; give less at once, or use a machine with more")
 
 
 def fail(message: str) -> None:

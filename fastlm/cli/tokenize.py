@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.granularity import Unit
     from fastlm.tokenizer.tokenizer import Tokenizer
 
+MAX_BYTES = 8 << 20  # of text; each piece of it takes some 300 bytes of memory
 SHOWN_UNITS = 2000  # a terminal's memory, and a reader's patience, end about there
 COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "white on blue")
-STAND_IN_VOCAB_SIZE = 4096
+STAND_IN_VOCAB_SIZE = 16384
 
 
 class Granularity(str, Enum):
@@ -144,7 +145,8 @@ def _read_text(text: str | None, file: Path | None) -> str:
     elif file is not None:
         source = str(file)
         try:
-            data = file.read_bytes()
+            with file.open("rb") as handle:
+                data = handle.read(MAX_BYTES + 1)
         except IsADirectoryError:
             raise DataError(f"{file}: is a directory; give a text file") from None
         except OSError as error:
@@ -152,9 +154,13 @@ def _read_text(text: str | None, file: Path | None) -> str:
     elif sys.stdin.isatty():
         raise typer.BadParameter("give TEXT, --file, or a text on standard input")
     else:
-        data, source = sys.stdin.buffer.read(), "standard input"
+        data, source = sys.stdin.buffer.read(MAX_BYTES + 1), "standard input"
     if not data:
         raise DataError(f"{source} is empty; there is nothing to tokenize")
+    if len(data) > MAX_BYTES:
+        raise DataError(
+            f"{source}: more than {MAX_BYTES >> 20} MiB, too much to show; cut it first, as with: head -c 100000"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -177,16 +183,22 @@ def _load_tokenizer(name: str | None) -> Tokenizer:
 
 
 def _stand_in() -> Tokenizer:
-    """A tokenizer for whoever has none: trained in a fraction of a second on text that every Python carries."""
-    from pydoc_data.topics import topics
+    """A tokenizer for whoever has none, trained in a fraction of a second on the texts that come with fastlm.
 
+    The Korean one is short, so it counts eightfold. The syllables in use, alone and after a space, are added, so that
+    none falls to bytes.
+    """
+    from fastlm.data import english_text, korean_text
     from fastlm.tokenizer.trainer import BpeTrainer
 
     status_console.print(
         f"no --tokenizer given: using one of {STAND_IN_VOCAB_SIZE:,} ids, trained just now on Python's documentation "
-        "(English); train your own with fastlm train-tokenizer",
+        "(English) and a short Korean story; train your own with fastlm train-tokenizer",
         style="yellow",
         highlight=False,
         soft_wrap=True,
     )
-    return BpeTrainer(STAND_IN_VOCAB_SIZE).train_from_iterator(topics.values())
+    # The 2,350 syllables of the standard KS X 1001, which EUC-KR keeps in rows 0xB0 to 0xC8.
+    syllables = bytes(byte for row in range(0xB0, 0xC9) for cell in range(0xA1, 0xFF) for byte in (row, cell))
+    spaced = [f"{syllable} {syllable}" for syllable in syllables.decode("euc_kr")]
+    return BpeTrainer(STAND_IN_VOCAB_SIZE).train_from_iterator([english_text(), *[korean_text()] * 8, *spaced * 10])

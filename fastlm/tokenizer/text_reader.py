@@ -46,6 +46,10 @@ class Chunk:
     offset: int = 0  # of the one text in its file
     first_index: int = 0  # of the first text among the iterator's
 
+    def too_long(self, what: str) -> DataError:
+        where = f"{self.path}, from offset {self.offset}" if self.path else f"texts from {self.first_index}"
+        return DataError(f"{where}: {what}; put line ends or spaces into the text, or leave such data out")
+
     def invalid_utf8(self, index: int, offset: int) -> DataError:
         where = f"{self.path}" if self.path else f"text {self.first_index + index}"
         byte = self.texts[index][offset]

@@ -136,7 +136,10 @@ def load_tiktoken(
             f"{path}: a .tiktoken file does not say how text is split; pass pattern=, such as 'cl100k'"
         )
     ranks = parse_ranks(_read(path), str(path))
-    return Tokenizer(ranks, pattern=pattern, special_tokens=special_tokens, name=path.stem)
+    try:
+        return Tokenizer(ranks, pattern=pattern, special_tokens=special_tokens, name=path.stem)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
 
 
 def parse_ranks(data: bytes, source: str) -> dict[bytes, int]:

@@ -113,8 +113,8 @@ class BpeTrainer:
         training, and so does Ctrl-C.
 
         Raises:
-            DataError: a file is missing, a directory, empty, damaged, or not UTF-8 (with the byte offset), or a line
-                is no JSON object with the field.
+            DataError: a file is missing, a directory, empty, damaged, or not UTF-8 (with the byte offset), a line is
+                no JSON object with the field, or a word is longer than 16 MiB.
         """
         files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
         if not files:
@@ -167,7 +167,10 @@ class BpeTrainer:
         started = time.perf_counter()
         bytes_read = 0
         for chunk in chunks:
-            invalid = counter.add(chunk.texts)
+            try:
+                invalid = counter.add(chunk.texts)
+            except ValueError as error:
+                raise chunk.too_long(str(error)) from None
             if invalid is not None:
                 raise chunk.invalid_utf8(*invalid)
             bytes_read += sum(map(len, chunk.texts))

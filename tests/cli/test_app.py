@@ -111,6 +111,10 @@ def test_ctrl_c_that_python_drops_in_a_callback_comes_again() -> None:
     ("error", "line"),
     [
         (DataError("a.txt: the file is empty"), "error: a.txt: the file is empty"),
+        (
+            MemoryError("std::bad_alloc"),
+            "error: there is not enough memory for this; give less at once, or use a machine with more",
+        ),
         (OSError(28, "No space left on device", "out/[x].bin"), "error: No space left on device: out/[x].bin"),
     ],
 )

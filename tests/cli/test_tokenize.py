@@ -90,6 +90,10 @@ def test_without_a_tokenizer_one_is_trained_and_said(
     output = capsys.readouterr()
     assert "the| class| statement" in output.out
     assert "no --tokenizer given" in output.err
+    assert fastlm(monkeypatch, "tokenize", "한국어 문장입니다. 옛 뜻을 읽었다. Next one.") == 0
+    out = capsys.readouterr().out
+    assert "한국어| 문장|입|니다|." in out
+    assert "\\x" not in out
 
 
 def test_file_and_standard_input_are_read(
@@ -125,6 +129,7 @@ def test_markup_in_the_text_is_printed_as_it_is(
     [
         (("",), "TEXT is empty"),
         (("--file", "empty.txt"), "empty.txt is empty"),
+        (("--file", "large.txt"), "large.txt: more than 8 MiB, too much to show; cut it first"),
         (("--file", "."), "is a directory; give a text file"),
         (("--file", "absent.txt"), "absent.txt: No such file or directory"),
         (("--file", "latin.txt"), "latin.txt: not UTF-8: byte 0xe9 at offset 3"),
@@ -143,6 +148,7 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "large.txt").write_bytes(b"a" * ((8 << 20) + 1))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.json").write_text('{"model": {"type": "BPE", "vocab": {"a"')
     (tmp_path / "other.json").write_text('{"hidden_size": 64}')

@@ -120,6 +120,7 @@ def test_too_little_text_is_said(
         ("text.txt", ("--memory", "much"), "--memory 'much' is no size; give one such as 1GB"),
         ("text.txt", ("--memory", "1MB"), "memory is 1,000,000 bytes; training takes at least"),
         ("text.txt", ("--field", "text"), "text.txt, line 1: not JSON"),
+        ("word.txt", (), "word.txt, from offset 0: a word is longer than 16 MiB; put line ends"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_the_earlier_file(
@@ -134,6 +135,7 @@ def test_bad_input_is_one_line_and_leaves_the_earlier_file(
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "word.txt").write_bytes(b"a" * ((16 << 20) + 1))
     code = fastlm(monkeypatch, "train-tokenizer", "--data", tmp_path / name, *options, "--out", earlier)
     assert_refused(capsys, code, earlier, message)
 
@@ -188,6 +190,29 @@ def test_compressed_json_lines_are_read(
     assert result["bytes_per_token"] > 1
     assert fastlm(monkeypatch, "train-tokenizer", "-d", path, "-o", earlier) == 1
     assert "--field text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("unit", "message"), [("a", "a word is longer than 16 MiB"), ("나는 학교에 갔다. ", None)])
+def test_a_line_of_a_gigabyte_trains_or_is_refused(
+    unit: str,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    earlier: Path,
+) -> None:
+    path = tmp_path / "line.txt"
+    part = (unit * 1_000_000).encode()
+    with path.open("wb") as file:
+        while file.tell() < 1_000_000_000:
+            file.write(part)
+    code = fastlm(monkeypatch, "train-tokenizer", "-d", path, "-v", "300", "-o", earlier)
+    if message:
+        assert_refused(capsys, code, earlier, message)
+    else:
+        assert code == 0
+        assert Tokenizer.from_file(earlier).encode(" 학교에") != []
 
 
 @pytest.mark.slow

@@ -193,6 +193,30 @@ def test_megabytes_of_one_letter_encode(small_ranks: dict[bytes, int]) -> None:
     assert ids[-2:].tolist() == [256, ord("a")]
 
 
+@pytest.mark.slow
+def test_a_line_of_a_gigabyte_encodes(small_ranks: dict[bytes, int]) -> None:
+    ours = Tokenizer(SINGLE_BYTES | {b"aa": 256, b"aaaa": 257}, pattern="cl100k")
+    ids = ours.encode_to_numpy("a" * 1_000_000_003)
+    assert ids.size == 250_000_002
+    assert (ids[:-2] == 257).all()
+    assert ids[-2:].tolist() == [256, ord("a")]
+    del ids
+    ours = Tokenizer(small_ranks, pattern="gpt2")
+    unit = " 나는 학교에 갔다."
+    count = 1_000_000_000 // len(unit.encode())
+    ids = ours.encode_to_numpy(unit * count)
+    assert (ids.reshape(count, -1) == ours.encode_ordinary(unit)).all()
+
+
+def test_nul_bytes_equal_tiktoken(published: tuple[Tokenizer, tiktoken.Encoding]) -> None:
+    ours, theirs = published
+    for text in ("\0", "a\0b", "한\0국어 \0\0", "\0" * 5000, " \0\n\0"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.encode_to_numpy(text).tolist() == ids
+        assert ours.decode(ids) == text
+
+
 def test_same_text_gives_the_same_ids_whatever_came_before(small_ranks: dict[bytes, int], fresh_seed: int) -> None:
     # The cache of pre-tokens must tell apart pieces that share a slot, a length or their ends.
     rng = random.Random(fresh_seed)
@@ -349,6 +373,10 @@ def test_tiktoken_files_and_names(
         path.write_bytes(bad)
         with pytest.raises(TokenizerError, match=r"own\.tiktoken"):
             Tokenizer.from_tiktoken(path, pattern="gpt2")
+
+    path.write_bytes(b"\n".join(line for line in lines if not line.startswith(b"QQ== ")))
+    with pytest.raises(TokenizerError, match=r"own\.tiktoken: .*byte 65 has no token"):
+        Tokenizer.from_tiktoken(path, pattern="gpt2")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(TokenizerError, match=f"there is no {tmp_path}.*download=True"):
