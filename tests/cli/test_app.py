@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,13 @@ def test_ctrl_c_that_python_drops_in_a_callback_comes_again() -> None:
                 time.sleep(0.01)
 """
     script = IMPORTING.format(module="fastlm.cli.app", action=action)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )
     assert (run.returncode, run.stderr) == (130, "interrupted\n")
 
 
