@@ -54,7 +54,7 @@ void multiply(const QuantizedLinear<T>& call, const QuantizedRows<T>& x, int64_t
         const int features = static_cast<int>(std::min<int64_t>(kTileRows, call.out_features - feature));
         const uint8_t* weight = call.weight + feature * call.weight_stride;
         uintptr_t ahead = reinterpret_cast<uintptr_t>(weight) + fetch_distance;
-        std::fill(&sums[0][0], &sums[x.batches.rows][0], 0.0f);
+        std::fill_n(&sums[0][0], x.batches.rows * kTileRows, 0.0f);
         for (int64_t k = 0; k < call.in_features; k += kPanel) {
             const int inputs = static_cast<int>(std::min<int64_t>(kPanel, call.in_features - k));
             const int blocks = inputs / Format::kBlock;
