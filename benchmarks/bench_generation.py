@@ -44,13 +44,14 @@ def cases(device: str) -> Iterable[Case]:
             unit="tokens",
         )
 
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, prefix_caching=False)  # each call computes its prompts anew
+    mixed, new_tokens = [mixed_prompt(i) for i in range(len(MIXED))], [new for _, new in MIXED]
     yield Case(
         name=f"hidden {hidden_size}, {num_layers} layers, {len(MIXED)} requests of mixed lengths",
-        ours=serve(engine),
+        ours=serve(engine, mixed, new_tokens),
         peers={"transformers, padded by 8": padded_batches(theirs, device)},
         check=check,
-        work=sum(new for _, new in MIXED),
+        work=sum(new_tokens),
         unit="tokens",
     )
 
@@ -59,12 +60,13 @@ def mixed_prompt(index: int) -> list[int]:
     return [(index * 7 + j * 13) % 256 for j in range(MIXED[index][0])]
 
 
-def serve(engine: Engine) -> Callable[[], list[list[int]]]:
+def serve(engine: Engine, prompts: list[list[int]], new_tokens: list[int]) -> Callable[[], list[list[int]]]:
+    """The most probable tokens after each prompt, all requests at once."""
+
     def run() -> list[list[int]]:
-        engine.blocks.forget_all()  # each call computes its prompts anew
-        for i, (_, new) in enumerate(MIXED):
-            engine.add_request(i, mixed_prompt(i), SamplingParams(max_tokens=new, temperature=0, ignore_eos=True))
-        tokens: list[list[int]] = [[] for _ in MIXED]
+        for i, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True)):
+            engine.add_request(i, prompt, SamplingParams(max_tokens=new, temperature=0, ignore_eos=True))
+        tokens: list[list[int]] = [[] for _ in prompts]
         while engine.has_work:
             for piece in engine.step():
                 assert isinstance(piece.request_id, int)
@@ -83,17 +85,8 @@ def padded_batches(model: torch.nn.Module, device: str) -> Callable[[], list[lis
             longest, new = (max(MIXED[i][j] for i in batch) for j in range(2))
             ids = torch.tensor([[0] * (longest - MIXED[i][0]) + mixed_prompt(i) for i in batch], device=device)
             mask = torch.tensor([[int(j >= longest - MIXED[i][0]) for j in range(longest)] for i in batch])
-            with torch.inference_mode():
-                out = model.generate(  # type: ignore[operator]
-                    ids,
-                    attention_mask=mask.to(device),
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    do_sample=False,
-                    pad_token_id=0,
-                    eos_token_id=None,
-                )
-            tokens += [row[: MIXED[i][1]] for i, row in zip(batch, out[:, longest:].tolist(), strict=True)]
+            rows = generate_greedily(model, ids, mask.to(device), new)
+            tokens += [row[: MIXED[i][1]] for i, row in zip(batch, rows, strict=True)]
         return tokens
 
     return run
@@ -118,21 +111,23 @@ def peer(
 ) -> Callable[[], list[list[int]]]:
     assert tokenizer.eos_token_id is not None
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(p)] for p in prompts], device=device)
+    return lambda: generate_greedily(model, ids, torch.ones_like(ids), NEW_TOKENS)
 
-    def run() -> list[list[int]]:
-        with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-                eos_token_id=None,
-            )
-        return out[:, ids.shape[1] :].tolist()
 
-    return run
+@torch.inference_mode()
+def generate_greedily(
+    model: torch.nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int
+) -> list[list[int]]:
+    out = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=attention_mask,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return out[:, ids.shape[1] :].tolist()
 
 
 def check(a: list[list[int]], b: list[list[int]]) -> None:

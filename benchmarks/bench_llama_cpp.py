@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastlm.benchmarks.bench_generation import serve
 from fastlm.benchmarks.harness import Case, leave_out
 from fastlm.benchmarks.llama_cpp_peer import LlamaCpp, llama_cpp
 
 from fastlm.errors import CheckpointError
-from fastlm.inference import Engine, SamplingParams
+from fastlm.inference import Engine
 from fastlm.inference.paged_cache import PagedCache
 from fastlm.model import Transformer, load
 from fastlm.model.pretrained import pretrained
@@ -37,6 +38,7 @@ PROMPTS = [
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 MAX_BEHIND = 1.0  # logit; where two tokens are about as probable, rounding decides between them
 CONTEXT = 2048  # tokens of each sequence that memory is taken for
+BLOCK_SIZE = 16  # tokens
 
 
 def cases(device: str) -> Iterable[Case]:
@@ -60,7 +62,7 @@ def cases(device: str) -> Iterable[Case]:
         peer = LlamaCpp(path, sequences=len(its_prompts), length=CONTEXT)
         yield Case(
             name=name,
-            ours=ours(engine, its_prompts, new_tokens),
+            ours=serve(engine, its_prompts, [new_tokens] * len(its_prompts)),
             peers={"llama.cpp": lambda peer=peer, p=its_prompts, n=new_tokens: peer.generate(p, n)},
             check=check_near(engine, its_prompts),
             work=work,
@@ -83,8 +85,9 @@ def gguf_file() -> str | None:
 def loaded(path: str, sequences: int = len(PROMPTS)) -> Engine:
     model, _ = load(path)
     assert isinstance(model, Transformer)
-    memory = sequences * CONTEXT // 16 * PagedCache.bytes_per_block(model, 16)
-    return Engine(model, Tokenizer.from_gguf(Path(path)), memory=memory, prefix_caching=False)
+    memory = sequences * CONTEXT // BLOCK_SIZE * PagedCache.bytes_per_block(model, BLOCK_SIZE)
+    tokenizer = Tokenizer.from_gguf(Path(path))
+    return Engine(model, tokenizer, memory=memory, block_size=BLOCK_SIZE, prefix_caching=False)
 
 
 def vocab_size(path: str) -> int:
@@ -92,23 +95,6 @@ def vocab_size(path: str) -> int:
     size = peer.vocab_size
     peer.close()
     return size
-
-
-def ours(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Callable[[], list[list[int]]]:
-    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-
-    def run() -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in prompts]
-        for i, prompt in enumerate(prompts):
-            engine.add_request(i, prompt, params)
-        while engine.has_work:
-            for piece in engine.step():
-                assert isinstance(piece.request_id, int)
-                assert piece.token_id is not None
-                found[piece.request_id].append(piece.token_id)
-        return found
-
-    return run
 
 
 def check_equal(a: Any, b: Any) -> None:

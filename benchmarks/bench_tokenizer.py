@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.benchmarks.harness import Case, leave_out, optional
-from fastlm.benchmarks.tokenizer_peers import Encode, load_peers, one_thread, without_inexact
+from fastlm.benchmarks.tokenizer_peers import Encode, gigatoken_arrays, load_peers, one_thread, without_inexact
 
 from fastlm.data import english_text, korean_text
 from fastlm.errors import TokenizerError
@@ -54,12 +54,12 @@ def cases(device: str) -> Iterable[Case]:
 
 def _other_cases(ours: Tokenizer, peers: dict[str, Encode], texts: dict[str, str]) -> Iterable[Case]:
     for kind, characters in (("English", texts["English"][5000:5080]), ("Korean", texts["Korean"][5000:5080])):
-        exact = without_inexact(peers, characters, _expected(peers, characters), f"80 characters, {kind}")
+        exact = without_inexact(peers, characters, f"80 characters, {kind}")
         yield Case(
             name=f"80 characters, {kind}, 1000 calls",
             ours=partial(_repeat, ours.encode_ordinary, characters),
             peers={name: partial(_repeat, encode, characters) for name, encode in exact.items()},
-            check=_check,
+            check=check_items,
             work=1000,
             unit="calls",
         )
@@ -72,12 +72,12 @@ def _other_cases(ours: Tokenizer, peers: dict[str, Encode], texts: dict[str, str
     gigatoken = optional("gigatoken")
     if gigatoken is not None:
         rank_file = cache_directory() / ENCODINGS["cl100k_base"].cache_name
-        theirs = gigatoken.Tokenizer.from_tiktoken(rank_file, pretokenizer="cl100k")
+        theirs = gigatoken_arrays("cl100k_base", rank_file, gigatoken)
         for kind, text in texts.items():
             yield Case(
                 name=f"{kind}, NumPy array",
                 ours=partial(ours.encode_to_numpy, text, disallowed_special=()),
-                peers={"gigatoken": partial(theirs.encode, text)},
+                peers={"gigatoken": partial(theirs, text)},
                 check=_check_arrays,
                 work=len(text.encode()),
                 unit="bytes",
@@ -94,12 +94,12 @@ def _cases_of_trained(texts: dict[str, str]) -> Iterable[Case]:
 
 
 def _list_case(name: str, ours: Tokenizer, peers: dict[str, Encode], text: str) -> Case:
-    exact = without_inexact(peers, text, _expected(peers, text), name)
+    exact = without_inexact(peers, text, name)
     return Case(
         name=name,
         ours=partial(ours.encode_ordinary, text),
         peers={peer: partial(encode, text) for peer, encode in exact.items()},
-        check=_check,
+        check=check_items,
         work=len(text.encode()),
         unit="bytes",
     )
@@ -111,14 +111,10 @@ def _batch_case(ours: Tokenizer, lines: list[str], peers: dict[str, Any]) -> Cas
         name=f"{len(lines)} lines, {threads} threads",
         ours=partial(ours.encode_batch, lines, num_threads=threads, disallowed_special=()),
         peers={name: partial(peer.encode_ordinary_batch, lines, num_threads=threads) for name, peer in peers.items()},
-        check=_check,
+        check=check_items,
         work=sum(len(line.encode()) for line in lines),
         unit="bytes",
     )
-
-
-def _expected(peers: dict[str, Encode], text: str) -> list[int]:
-    return peers["tiktoken"](text)
 
 
 def _repeat(encode: Callable[[str], list[int]], text: str) -> list[int]:
@@ -167,11 +163,11 @@ def _korean() -> str:
     return REVIEWS.read_text(encoding="utf-8") if REVIEWS.is_file() else korean_text()
 
 
-def _check(ours: list, peer: list) -> None:
+def check_items(ours: list, peer: list) -> None:
     assert len(ours) == len(peer) > 0, f"{len(ours)} against {len(peer)}"
     for i, (mine, theirs) in enumerate(zip(ours, peer, strict=True)):
         assert mine == theirs, f"item {i} is {mine} against {theirs}"
 
 
 def _check_arrays(ours: Any, peer: Any) -> None:
-    _check(ours.tolist(), peer.tolist())
+    check_items(ours.tolist(), peer.tolist())

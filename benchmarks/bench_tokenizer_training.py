@@ -17,6 +17,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from fastlm.benchmarks.bench_tokenizer import REVIEWS, check_items
 from fastlm.benchmarks.harness import Case, optional
 
 from fastlm.tokenizer.byte_level import from_chars
@@ -25,7 +26,6 @@ from fastlm.tokenizer.trainer import BpeTrainer
 
 Merges = list[tuple[bytes, bytes]]
 CODE_BYTES = 19_000_000
-REVIEWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "nsmc" / "reviews.txt"
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,4 @@ def _check(ours: Merges, peer: Merges | MergeCount) -> None:
     if isinstance(peer, MergeCount):
         assert len(ours) == peer.merges > 0, f"{len(ours)} merges against {peer.merges}"
         return
-    assert len(ours) == len(peer) > 0, f"{len(ours)} merges against {len(peer)}"
-    for i, (mine, theirs) in enumerate(zip(ours, peer, strict=True)):
-        assert mine == theirs, f"merge {i} is {mine} against {theirs}"
+    check_items(ours, peer)

@@ -15,9 +15,10 @@ SIDES = ("PyTorch alone", "fastlm", "llama.cpp")
 
 
 def run_fastlm(path: str, prompt: list[int]) -> None:
-    from fastlm.benchmarks.bench_llama_cpp import loaded, ours
+    from fastlm.benchmarks.bench_generation import serve
+    from fastlm.benchmarks.bench_llama_cpp import loaded
 
-    ours(loaded(path, sequences=1), [prompt], NEW_TOKENS)()
+    serve(loaded(path, sequences=1), [prompt], [NEW_TOKENS])()
 
 
 def run_llama_cpp(path: str, prompt: list[int]) -> None:

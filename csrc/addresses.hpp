@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fastlm {
 
@@ -20,6 +21,14 @@ T* pointer(Address address, const char* name) {
 template <class T>
 T* optional_pointer(Address address, const char* name) {
     return address ? pointer<T>(address, name) : nullptr;
+}
+
+// A copy of `size` numbers, so that what is then checked is what is used, whatever another thread does to the tensor.
+template <class Number>
+std::vector<Number> copied(Address address, int64_t size, const char* name) {
+    if (size == 0) return {};
+    const Number* first = pointer<const Number>(address, name);
+    return {first, first + size};
 }
 
 inline void require(bool holds, const char* message) {

@@ -22,12 +22,6 @@ cpu::FloatType float_type(const std::string& dtype) {
     throw std::invalid_argument("q must be float32, bfloat16 or float16, not " + dtype);
 }
 
-std::vector<int32_t> copy(Address from, int64_t size, const char* name) {
-    if (size == 0) return {};
-    const int32_t* p = pointer<const int32_t>(from, name);
-    return {p, p + size};
-}
-
 template <class C>
 void decode_attention(const std::string& q_dtype, Address q, const std::array<int64_t, 4>& q_shape,
                       const std::array<int64_t, 3>& q_strides, Address k, Address v,
@@ -49,8 +43,8 @@ void decode_attention(const std::string& q_dtype, Address q, const std::array<in
     call.strides = {q_strides[0], q_strides[1], q_strides[2], k_strides[0], k_strides[1],
                     k_strides[2], v_strides[0], v_strides[1], v_strides[2]};
     // Copies, so that what was checked is what is used, whatever another thread does to the tensors meanwhile.
-    const std::vector<int32_t> lengths = copy(context_lens, shape.batch, "context_lens");
-    const std::vector<int32_t> table = copy(block_table, shape.batch * max_blocks, "block_table");
+    const std::vector<int32_t> lengths = copied<int32_t>(context_lens, shape.batch, "context_lens");
+    const std::vector<int32_t> table = copied<int32_t>(block_table, shape.batch * max_blocks, "block_table");
     call.context_lens = lengths.data(), call.block_table = table.data();
     cpu::check_block_table(shape, call.block_table, call.context_lens, window);
     call.q = pointer<const char>(q, "q"), call.out = pointer<char>(out, "out");

@@ -62,8 +62,7 @@ class Decoder {
              const std::vector<Table>& tables, Address out, int num_threads) const {
         const cpu::DecoderShape& shape = decoder_.shape;
         require(rows > 0, "a step must have rows");
-        // Copies, so that what was checked is what is used, whatever another thread does to the tensors meanwhile.
-        const std::vector<int64_t> position = copy<int64_t>(positions, rows), slot = copy<int64_t>(slots, rows);
+        const auto position = copied<int64_t>(positions, rows, "positions"), slot = copied<int64_t>(slots, rows, "slots");
         std::vector<std::vector<int32_t>> numbers;
         cpu::DecoderStep<T> step{rows, pointer<const T>(hidden, "hidden"), position.data(), slot.data(), {}, {},
                                  pointer<T>(out, "out")};
@@ -85,8 +84,8 @@ class Decoder {
             require(max_blocks >= 0 && max_blocks <= shape.blocks, "block_table is wider than the cache has blocks");
             covered += size * query_len;
             require(covered <= rows, "groups must have as many rows as the step");
-            numbers.push_back(copy<int32_t>(table, size * max_blocks));
-            numbers.push_back(copy<int32_t>(lengths, size));
+            numbers.push_back(copied<int32_t>(table, size * max_blocks, "block_table"));
+            numbers.push_back(copied<int32_t>(lengths, size, "context_lens"));
             const int32_t *its_table = numbers[numbers.size() - 2].data(), *its_lengths = numbers.back().data();
             cpu::check_block_table({size, query_len, shape.heads, shape.kv_heads, shape.head_dim, shape.blocks,
                                     shape.block_size, max_blocks},
@@ -100,13 +99,6 @@ class Decoder {
 
    private:
     cpu::Decoder<T> decoder_;
-
-    template <class Number>
-    static std::vector<Number> copy(Address from, int64_t size) {
-        if (size == 0) return {};
-        const Number* p = pointer<const Number>(from, "positions, slots or block_table");
-        return {p, p + size};
-    }
 
     static cpu::Projection projection(const Weights& weights, int64_t out_features, int64_t in_features) {
         const auto& [quantization, address, shape, bias] = weights;

@@ -87,11 +87,10 @@ FASTLM_INLINE void run_row(const CrossEntropy<T>& call, int64_t row, float* work
     float at_target = factor * std::exp(target_logit - max) - uniform - scale * (1.0f - smoothing);
     if constexpr (kSoftcap) at_target *= tanh_slope(load_first(logits + target, 1, 0.0f) * inverse)[0];
     for (i = 0; i < vocab_size; i += kLanes) {
-        const int64_t n = i < whole ? kLanes : rest;
-        const Floats e = n == kLanes ? load(work + i) : load_first(work + i, n, 0.0f);
-        Floats gradient = e * factor - uniform;
-        if constexpr (kSoftcap) gradient *= tanh_slope(load_first(logits + i, n, 0.0f) * inverse);
-        n == kLanes ? store(logits + i, gradient) : store_first(logits + i, n, gradient);
+        const int64_t left = vocab_size - i;
+        Floats gradient = load_up_to(work + i, left) * factor - uniform;
+        if constexpr (kSoftcap) gradient *= tanh_slope(load_up_to(logits + i, left) * inverse);
+        store_up_to(logits + i, left, gradient);
     }
     store_first(logits + target, 1, broadcast(at_target));
 }

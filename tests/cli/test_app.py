@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from fastlm._version import __version__
 from fastlm.cli import app as application
 from fastlm.errors import DataError
+from tests.cli.interrupts import heed_interrupts
 
 HELP_CODE = """
 import sys, time
@@ -109,7 +109,7 @@ def test_ctrl_c_that_python_drops_in_a_callback_comes_again() -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        preexec_fn=heed_interrupts,
     )
     assert (run.returncode, run.stderr) == (130, "interrupted\n")
 

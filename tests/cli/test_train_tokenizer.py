@@ -18,6 +18,7 @@ import tokenizers
 
 from fastlm.cli.app import run
 from fastlm.tokenizer.tokenizer import Tokenizer
+from tests.cli.interrupts import heed_interrupts
 
 KOREAN = "나는 학교에 갔다. 너도 학교에 갔니?\n"
 
@@ -250,7 +251,7 @@ def run_until_interrupted(command: list[str | Path], pipe: Path, interrupt: Call
         [sys.executable, *command],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        preexec_fn=heed_interrupts,
     )
     writer = open_when_read(pipe, process)
     try:
