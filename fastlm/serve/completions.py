@@ -62,7 +62,7 @@ class _Choice:
         self.tokens = 0
         self._asked = asked
         self._tokenizer = t
-        self._prompt = prompt if isinstance(prompt, str) else t.decode(prompt)
+        self._prompt = prompt
         self._prompt_ids = ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # characters before the next token
@@ -75,7 +75,7 @@ class _Choice:
         if not self._begun:
             self._begun = True
             if self._asked.echo:
-                text = self._prompt + text
+                text = self._prompt_text() + text
                 if self._asked.logprobs is not None:
                     known = prompt_logprobs or [None] * len(self._prompt_ids)
                     entries += list(zip(self._prompt_ids, known, strict=True))
@@ -89,6 +89,11 @@ class _Choice:
             "logprobs": None if _logprobs(self._asked) is None else self._logprobs(entries),
             "finish_reason": finish_reason(piece.finish_reason),
         }
+
+    def _prompt_text(self) -> str:
+        if isinstance(self._prompt, str):
+            return self._prompt
+        return b"".join(token_bytes(self._tokenizer, i) for i in self._prompt).decode("utf-8", "replace")
 
     def _logprobs(self, entries: list[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -16,11 +16,14 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastlm.serve.errors import ApiError, as_api_error, to_json
+from fastlm.serve.errors import UNREADABLE, ApiError, as_api_error, to_json
 from fastlm.serve.limits import Limits
 from fastlm.serve.metrics import Metrics
 
 log = logging.getLogger("fastlm.serve")
+# A body that is too large is read to its end all the same, and dropped, since many clients look for no answer before
+# they have sent all of it. One of more than so many times the limit is cut off.
+DISCARDED = 16
 OPEN_PATHS = ("/", "/health", "/ready")  # and the files of the page: what they hold is public
 OPEN_PREFIX = "/page/"
 CLIENT_LEFT = 499  # before an answer began; nginx's number
@@ -100,8 +103,8 @@ class Guard:
         """The request's body, or None when the client left."""
         most = self._limits.max_body
         said = _header(scope, b"content-length")
-        if said.isdigit() and int(said[:20]) > most:
-            raise _too_large(int(said[:20]), most)
+        if said.isdigit() and (len(said) > 18 or int(said) > DISCARDED * most):
+            raise _too_large(said.decode(), most)
         parts, size = [], 0
         end = asyncio.get_running_loop().time() + self._limits.body_seconds
         while True:
@@ -117,12 +120,20 @@ class Guard:
                 ) from None
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most:
-                raise _too_large(size, most)
+            size += len(message.get("body", b""))
+            if size <= most:
+                parts.append(message.get("body", b""))
+            if size > DISCARDED * most:
+                raise _too_large(f"more than {size}", most)
             if not message.get("more_body", False):
-                return b"".join(parts)
+                if size > most:
+                    raise _too_large(str(size), most)
+                body = b"".join(parts)
+                try:
+                    body.decode()  # Python's JSON takes other encodings, and surrogates
+                except UnicodeDecodeError:
+                    raise ApiError(400, UNREADABLE) from None
+                return body
 
 
 class _Answer:
@@ -156,13 +167,9 @@ def _check_content_type(scope: Scope) -> None:
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
 
 
-def _too_large(size: int, most: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the body has {size} bytes or more; the limit is {most}",
-        code="body_too_large",
-        headers={"Connection": "close"},
-    )
+def _too_large(size: str, most: int) -> ApiError:
+    message = f"the body has {size} bytes; the limit is {most}"
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

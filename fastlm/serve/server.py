@@ -114,6 +114,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: ASGIApp, backend: Backend, bound: socket.socket) -> None:
     """Serves until a signal, and ends the engine. Returns after SIGTERM; SIGINT raises KeyboardInterrupt."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that leaves
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn takes the signal, drains, and then raises it again
     try:
         Server(app, backend).run(sockets=[bound])

@@ -30,20 +30,24 @@ class ToolCall:
 
 def forced_schema(tools: list[Tool], name: str | None) -> str:
     """The schema of an answer that is one call: of the tool `name`, or of any."""
-    options = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-        if name in (None, tool.function.name)
-    ]
-    return json.dumps(options[0] if len(options) == 1 else {"anyOf": options})
+    definitions: dict[str, Any] = {}
+    options = []
+    for tool in tools:
+        if name not in (None, tool.function.name):
+            continue
+        arguments = dict(tool.function.parameters or {"type": "object"})
+        definitions |= arguments.pop("$defs", {})  # references look for them at the root
+        options.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    # Without this, a model may go on with spaces until its tokens are used up.
+    compact = {"x-guidance": {"whitespace_flexible": False}}
+    return json.dumps({**compact, "anyOf": options, "$defs": definitions})
 
 
 class ToolParser:
