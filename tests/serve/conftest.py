@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 import torch
-
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
 
 from fastlm.inference import LLM
 from fastlm.model import ModelConfig
@@ -22,6 +20,7 @@ from fastlm.serve.server import Server, listen
 from fastlm.tokenizer import BpeTrainer, Tokenizer
 from tests.inference.conftest import TEXT, random_model
 
+http = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0), timeout=60)
 CONTEXT = 768
 CHAT_TEMPLATE = (
     "{% if tools %}{% for tool in tools %}<tool>{{ tool | tojson }}</tool>{% endfor %}<tool_call>{% endif %}"

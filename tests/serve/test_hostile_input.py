@@ -5,13 +5,12 @@ import socket
 import time
 from contextlib import suppress
 
+import httpx
 import pytest
 
 from fastlm.inference import SamplingParams
 from fastlm.serve.limits import Limits
-from tests.serve.conftest import CONTEXT, Running, serving, wait_for
-
-httpx = pytest.importorskip("httpx")
+from tests.serve.conftest import CONTEXT, Running, http, serving, wait_for
 
 JSON = {"Content-Type": "application/json"}
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -21,8 +20,8 @@ NESTED = "[" * 100_000 + "]" * 100_000
 def still_up(server: Running):
     """After whatever a test does, the server answers as before and holds nothing."""
     yield
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    got = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4, "seed": 3}).json()
+    assert http.get(f"{server.url}/health").json() == {"status": "ok"}
+    got = http.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4, "seed": 3}).json()
     assert got["choices"][0]["text"] == server.llm.generate(["a"], SamplingParams(max_tokens=4, seed=3))[0].text
     server.wait_until_idle()
 
@@ -57,7 +56,7 @@ def refused(answer, status: int, *words: str) -> dict:
     ],
 )
 def test_a_body_that_is_no_request_is_a_400(server: Running, path: str, body: bytes) -> None:
-    refused(httpx.post(server.url + path, content=body, headers=JSON), 400)
+    refused(http.post(server.url + path, content=body, headers=JSON), 400)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_a_body_that_is_no_request_is_a_400(server: Running, path: str, body: by
 )
 def test_a_wrong_value_is_a_400_that_names_it(server: Running, field: str, value: object, word: str) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 4, field: value})
-    error = refused(httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON), 400, word)
+    error = refused(http.post(f"{server.url}/v1/completions", content=body, headers=JSON), 400, word)
     assert error["type"] == "invalid_request_error"
 
 
@@ -141,18 +140,18 @@ def test_a_wrong_value_is_a_400_that_names_it(server: Running, field: str, value
     ],
 )
 def test_a_wrong_conversation_is_a_400(server: Running, body: dict) -> None:
-    refused(httpx.post(f"{server.url}/v1/chat/completions", json=body), 400)
+    refused(http.post(f"{server.url}/v1/chat/completions", json=body), 400)
 
 
 def test_ten_megabytes_are_a_413_with_the_limit(server: Running) -> None:
     body = json.dumps({"prompt": "a" * 10_000_000}).encode()
-    refused(httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON), 413, "10000014", str(4 << 20))
+    refused(http.post(f"{server.url}/v1/completions", content=body, headers=JSON), 413, "10000014", str(4 << 20))
 
     def in_parts():
         for i in range(0, len(body), 1 << 16):
             yield body[i : i + (1 << 16)]
 
-    answer = httpx.post(f"{server.url}/v1/completions", content=in_parts(), headers=JSON)  # no Content-Length
+    answer = http.post(f"{server.url}/v1/completions", content=in_parts(), headers=JSON)  # no Content-Length
     refused(answer, 413, "10000014", str(4 << 20))
 
 
@@ -168,27 +167,27 @@ def test_a_hundred_megabytes_are_cut_off(server: Running) -> None:
 
 
 def test_a_text_longer_than_the_context_is_a_400_with_both_numbers(server: Running) -> None:
-    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a" * 100_000})
+    answer = http.post(f"{server.url}/v1/completions", json={"prompt": "a" * 100_000})
     error = refused(answer, 400, str(CONTEXT))
     assert error["code"] == "context_length_exceeded"
 
 
 def test_lone_surrogates_come_back_as_json(server: Running) -> None:
     body = b'{"prompt": "\\ud800a", "max_tokens": 3, "echo": true}'
-    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON)
+    answer = http.post(f"{server.url}/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["text"][1] == "a"
     refused(
-        httpx.post(f"{server.url}/v1/completions", content=b'{"model": "\\ud800", "prompt": "a"}', headers=JSON), 404
+        http.post(f"{server.url}/v1/completions", content=b'{"model": "\\ud800", "prompt": "a"}', headers=JSON), 404
     )
 
 
 def test_other_methods_paths_and_types_are_refused_in_the_same_form(server: Running) -> None:
-    refused(httpx.get(f"{server.url}/v1/completions"), 405)
-    refused(httpx.get(f"{server.url}/nothing"), 404)
-    refused(httpx.get(f"{server.url}/page/../../etc/passwd"), 404)
-    refused(httpx.get(f"{server.url}/page/%2e%2e%2fapp.py"), 404)
-    refused(httpx.post(f"{server.url}/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+    refused(http.get(f"{server.url}/v1/completions"), 405)
+    refused(http.get(f"{server.url}/nothing"), 404)
+    refused(http.get(f"{server.url}/page/../../etc/passwd"), 404)
+    refused(http.get(f"{server.url}/page/%2e%2e%2fapp.py"), 404)
+    refused(http.post(f"{server.url}/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
 
 
 def connect(server: Running) -> socket.socket:
@@ -233,7 +232,7 @@ def test_slow_headers_and_bodies_are_a_408_while_others_are_served(hasty: Runnin
     header.sendall(b"GET /health HTTP/1.1\r\n")
     while time.monotonic() - began < 0.4:  # a byte now and then must not buy more time
         header.sendall(b"a")
-        assert httpx.get(f"{hasty.url}/health").status_code == 200
+        assert http.get(f"{hasty.url}/health").status_code == 200
         time.sleep(0.05)
     for connection in (silent, header, body):
         assert until_closed(connection).startswith(b"HTTP/1.1 408")
@@ -251,11 +250,11 @@ def test_a_kept_connection_has_the_same_time_for_its_next_headers(hasty: Running
 
 def test_an_answer_that_takes_too_long_is_ended_and_frees_its_blocks(hasty: Running) -> None:
     asked = {"prompt": "a", "max_tokens": 700, "ignore_eos": True, "n": 40}
-    refused(httpx.post(f"{hasty.url}/v1/completions", json=asked, timeout=30), 504, "1 s")
+    refused(http.post(f"{hasty.url}/v1/completions", json=asked, timeout=30), 504, "1 s")
     hasty.wait_until_idle()
     with (
         pytest.raises(httpx.RemoteProtocolError),
-        httpx.stream("POST", f"{hasty.url}/v1/completions", json={**asked, "stream": True}, timeout=30) as stream,
+        http.stream("POST", f"{hasty.url}/v1/completions", json={**asked, "stream": True}, timeout=30) as stream,
     ):
         for _ in stream.iter_lines():
             pass

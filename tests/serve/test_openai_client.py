@@ -6,12 +6,11 @@ import json
 import math
 
 import numpy as np
+import openai
 import pytest
 import torch
 
 from fastlm.inference import SamplingParams
-
-openai = pytest.importorskip("openai")
 
 PROMPT = "이 영화는 The film"
 

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fastlm.inference import SamplingParams
 from fastlm.model import save_model
 from fastlm.serve.limits import Limits
-from tests.serve.conftest import Running, serving, wait_for
-
-httpx = pytest.importorskip("httpx")
+from tests.serve.conftest import Running, http, serving, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +28,20 @@ LONG = {"prompt": "a", "max_tokens": 700, "ignore_eos": True, "stream": True}
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: Running) -> None:
-    with httpx.stream("POST", f"{small.url}/v1/completions", json={**LONG, "n": 65}) as stream:
+    with http.stream("POST", f"{small.url}/v1/completions", json={**LONG, "n": 65}) as stream:
         assert stream.status_code == 200, stream.read()
         lines = stream.iter_lines()
         next(lines)
-        refused = httpx.post(f"{small.url}/v1/completions", json={"prompt": "a"})
+        refused = http.post(f"{small.url}/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
         assert "65" in refused.json()["error"]["message"]
-        assert httpx.get(f"{small.url}/ready").status_code == 503
-        assert httpx.get(f"{small.url}/health").status_code == 200
+        assert http.get(f"{small.url}/ready").status_code == 503
+        assert http.get(f"{small.url}/health").status_code == 200
     small.wait_until_idle()
-    assert httpx.post(f"{small.url}/v1/completions", json={"prompt": "a"}).status_code == 200
-    assert httpx.get(f"{small.url}/ready").status_code == 200
-    too_many = httpx.post(f"{small.url}/v1/completions", json={"prompt": ["a"] * 66})
+    assert http.post(f"{small.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+    assert http.get(f"{small.url}/ready").status_code == 200
+    too_many = http.post(f"{small.url}/v1/completions", json={"prompt": ["a"] * 66})
     assert too_many.status_code == 400
     assert "66" in too_many.json()["error"]["message"]
     assert "65" in too_many.json()["error"]["message"]
@@ -50,7 +49,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(small: Running) -> N
 
 def test_limits_on_tokens_name_both_numbers(small: Running) -> None:
     for body, numbers in (({"prompt": "a", "max_tokens": 701}, (701, 700)), ({"prompt": "a" * 40}, (30,))):
-        answer = httpx.post(f"{small.url}/v1/completions", json=body)
+        answer = http.post(f"{small.url}/v1/completions", json=body)
         assert answer.status_code == 400
         assert all(str(number) in answer.json()["error"]["message"] for number in numbers)
 
@@ -74,14 +73,14 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(server: Running, 
 
 def test_metrics_are_in_prometheus_format_and_count(server: Running) -> None:
     def read() -> dict[str, float]:
-        answer = httpx.get(f"{server.url}/metrics")
+        answer = http.get(f"{server.url}/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
         lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     before = read()
-    httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 7, "ignore_eos": True})
-    httpx.post(f"{server.url}/v1/completions", json={"prompt": 5})
+    http.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 7, "ignore_eos": True})
+    http.post(f"{server.url}/v1/completions", json={"prompt": 5})
     after = read()
     added = {name: after[name] - before.get(name, 0) for name in after}
     assert added["fastlm_generated_tokens_total"] == 7
@@ -104,27 +103,27 @@ def test_a_key_is_asked_for_but_not_for_health_or_the_page(llm) -> None:
             {"Authorization": "Bearer"},
         ):
             for path in ("/v1/models", "/metrics", "/run"):
-                answer = httpx.get(guarded.url + path, headers=header)
+                answer = http.get(guarded.url + path, headers=header)
                 assert answer.status_code == 401
                 assert answer.json()["error"]["code"] == "invalid_api_key"
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
         right = {"Authorization": "Bearer secret-key"}
-        assert httpx.get(f"{guarded.url}/v1/models", headers=right).status_code == 200
+        assert http.get(f"{guarded.url}/v1/models", headers=right).status_code == 200
         for path in ("/", "/health", "/ready"):
-            assert httpx.get(guarded.url + path).status_code == 200
+            assert http.get(guarded.url + path).status_code == 200
 
 
 def test_other_sites_are_let_in_only_when_asked(llm, server: Running) -> None:
     origin = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/v1/models", headers=origin).headers
-    assert httpx.options(f"{server.url}/v1/completions", headers=origin).status_code == 405
+    assert "access-control-allow-origin" not in http.get(f"{server.url}/v1/models", headers=origin).headers
+    assert http.options(f"{server.url}/v1/completions", headers=origin).status_code == 405
     with serving(llm, cors_origins=["https://example.com"], api_key="k") as open_to_one:
-        answer = httpx.options(f"{open_to_one.url}/v1/completions", headers=origin)
+        answer = http.options(f"{open_to_one.url}/v1/completions", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://example.com"
-        refused = httpx.get(f"{open_to_one.url}/v1/models", headers=origin)
+        refused = http.get(f"{open_to_one.url}/v1/models", headers=origin)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://example.com"
-        other = httpx.get(f"{open_to_one.url}/v1/models", headers={"Origin": "https://evil.example"})
+        other = http.get(f"{open_to_one.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
 
@@ -148,7 +147,7 @@ async def soak(server: Running, requests: int, clients: int, seed: int) -> dict[
     malformed = [b"{", b'{"prompt": -5}', b"\xff", b'{"prompt": "a", "max_tokens": -1}', b"[" * 50_000]
 
     async def client() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, verify=False) as http:
             while queue:
                 kind, prompt, tokens, streams, i, patience = queue.pop()
                 body = {"prompt": prompt, "max_tokens": tokens, "seed": i, "stream": streams}
@@ -229,7 +228,7 @@ def start(saved: Path, *options: str, **environment: str) -> tuple[subprocess.Po
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health").status_code == 200
+        return http.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
 
@@ -238,7 +237,7 @@ def test_sigterm_lets_what_has_begun_end_and_takes_no_more(saved: Path) -> None:
     process, url = start(saved)
     try:
         text, lines = "", 0
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 300}, timeout=60) as stream:
+        with http.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 300}, timeout=60) as stream:
             for line in stream.iter_lines():
                 if lines == 0:
                     process.send_signal(signal.SIGTERM)
@@ -264,12 +263,12 @@ def test_ctrl_c_ends_it_with_130_and_a_line(saved: Path) -> None:
 def test_the_key_is_in_no_line_of_the_log(saved: Path) -> None:
     process, url = start(saved, FASTLM_API_KEY="the-servers-secret")
     try:
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert http.get(f"{url}/v1/models").status_code == 401
         right = {"Authorization": "Bearer the-servers-secret"}
-        assert httpx.get(f"{url}/v1/models?key=the-servers-secret", headers=right).status_code == 200
+        assert http.get(f"{url}/v1/models?key=the-servers-secret", headers=right).status_code == 200
         wrong = {"Authorization": "Bearer a-clients-secret"}
-        assert httpx.get(f"{url}/the-servers-secret", headers=wrong).status_code == 401
-        httpx.post(f"{url}/v1/completions", headers=right, json={"prompt": 5, "user": "the-servers-secret"})
+        assert http.get(f"{url}/the-servers-secret", headers=wrong).status_code == 401
+        http.post(f"{url}/v1/completions", headers=right, json={"prompt": 5, "user": "the-servers-secret"})
     finally:
         process.terminate()
         log = process.communicate(timeout=15)[1]
