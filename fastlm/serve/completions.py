@@ -98,7 +98,7 @@ class _Choice:
     def _logprobs(self, entries: list[tuple[int, TokenLogprob | None]]) -> dict[str, Any]:
         found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         if self._asked.return_token_ids:
-            found |= {"token_ids": [], "top_token_ids": []}
+            found |= {"token_ids": [], "top_tokens": []}
         for token, entry in entries:
             found["tokens"].append(token_text(self._tokenizer, token))
             found["token_logprobs"].append(None if entry is None else finite(entry.logprob))
@@ -111,7 +111,9 @@ class _Choice:
             self._offset += len(self._decoder.decode(token_bytes(self._tokenizer, token)))
             if self._asked.return_token_ids:
                 found["token_ids"].append(token)
-                found["top_token_ids"].append([[other, finite(logprob)] for other, logprob in top])
+                found["top_tokens"].append(
+                    [{"id": o, "token": token_text(self._tokenizer, o), "logprob": finite(p)} for o, p in top]
+                )
         return found
 
 

@@ -28,6 +28,7 @@ def router(backend: Backend) -> APIRouter:
             "created": backend.created,
             "owned_by": "fastlm",
             "max_model_len": backend.window,
+            "is_training_run": backend.run is not None,
         }
 
     @routes.get("/v1/models")

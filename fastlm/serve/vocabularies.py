@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from fastlm.data.stand_in import VOCAB_SIZE, stand_in_tokenizer
+from fastlm.data.stand_in import stand_in_tokenizer
 from fastlm.errors import FastlmError
 from fastlm.serve.errors import ApiError
 from fastlm.tokenizer import Tokenizer
 
 TIKTOKEN = ("o200k_base", "cl100k_base", "gpt2")  # shown when they are in tiktoken's cache: none is downloaded
-TRAINED = f"trained here ({VOCAB_SIZE:,})"
-BYTES = "UTF-8 bytes (256)"
+TRAINED = "fastlm (English, Korean)"
+BYTES = "UTF-8 bytes"
 
 
 class Cutter(Protocol):

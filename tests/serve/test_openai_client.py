@@ -106,7 +106,7 @@ def test_logprobs_are_the_models_own(server, client) -> None:
     for i, token in enumerate(drawn):
         row = logits[len(ids) + i - 1]
         assert found.token_logprobs[i] == pytest.approx(row[token].item(), abs=1e-4)
-        assert [i for i, _ in found.top_token_ids[i]] == row.topk(5).indices.tolist()
+        assert [top["id"] for top in found.top_tokens[i]] == row.topk(5).indices.tolist()
         assert max(found.top_logprobs[i].values()) == found.token_logprobs[i]  # greedy
     streamed = client.completions.create(model="tiny", prompt=ids, max_tokens=6, temperature=0, logprobs=5, stream=True)
     tokens = [token for event in streamed for token in event.choices[0].logprobs.tokens]
