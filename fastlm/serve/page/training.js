@@ -8,7 +8,7 @@ const WIDTH = 720;
 const HEIGHT = 360;
 const LEFT = 52;
 const RIGHT = 12;
-const TOP = 12;
+const TOP = 34;
 const BOTTOM = 44;
 
 let run = null;
@@ -65,7 +65,7 @@ function draw() {
     parts.push(svg("text", { x: x(step), y: HEIGHT - BOTTOM + 20, "text-anchor": "middle" }, number(step)));
   }
   parts.push(svg("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, t("step")));
-  parts.push(svg("text", { x: LEFT, y: HEIGHT - 4 }, t("loss")));
+  parts.push(svg("text", { x: 4, y: 14 }, t("loss")));
   parts.push(svg("path", { class: "train", d: path(train) }));
   parts.push(svg("path", { class: "smooth", d: path(smoothed(train)) }));
   parts.push(svg("path", { class: "valid", d: path(valid) }));
