@@ -23,7 +23,19 @@ from fastlm.cli import INTERRUPTED
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
-COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "generate", "chat", "eval", "bench")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "train-tokenizer",
+    "tokenize",
+    "prepare",
+    "train",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
+    "bench",
+)
 
 
 class _Commands(TyperGroup):
