@@ -332,8 +332,8 @@ class _Display:
     def update(self, now: Progress) -> None:
         step = f"{now.step:,}" + (f"/{now.total_steps:,}" if now.total_steps else "")
         figures = f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
-        if now.valid_bits_per_byte is not None:
-            figures += f"  valid {now.valid_bits_per_byte:.3f} bits/byte"
+        if "bits_per_byte" in now.valid:
+            figures += f"  valid {now.valid['bits_per_byte']:.3f} bits/byte"
         if now.skipped_steps:
             figures += f"  {now.skipped_steps} steps skipped: not finite"
         if now.stage == "final evaluation":

@@ -3,8 +3,9 @@
 from fastlm.training.config import PRESETS, TrainingConfig, rnn_config, transformer_config
 from fastlm.training.data import TokenDataset
 from fastlm.training.evaluate import Evaluation, evaluate
+from fastlm.training.loop import Progress
 from fastlm.training.preparation import prepare
-from fastlm.training.trainer import Progress, TrainingResult, train
+from fastlm.training.trainer import TrainingResult, train
 
 __all__ = [
     "PRESETS",

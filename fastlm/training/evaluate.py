@@ -64,7 +64,6 @@ def evaluate(
     eos_token_id: int,
     *,
     max_windows: int | None = None,
-    dtype: torch.dtype = torch.float32,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Scores the whole split, or `max_windows` evenly spaced windows of it; None when `should_stop` said so.
@@ -88,8 +87,7 @@ def evaluate(
         for row, window in enumerate(batch):
             targets[row, : window.score_from - window.start] = -100
         targets[targets == eos_token_id] = -100
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = model.loss(inputs.to(device), targets.to(device), reduction="none")
+        losses = model.loss(inputs.to(device), targets.to(device), reduction="none")
         nats += losses.double().sum().item()
         count += int((targets != -100).sum())
     model.train(was_training)
