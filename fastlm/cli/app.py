@@ -23,7 +23,10 @@ from fastlm.cli import INTERRUPTED
 from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
-COMMANDS = ("demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "generate", "chat", "eval", "bench")
+COMMANDS = (
+    "demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "finetune", "generate", "chat", "eval",
+    "bench",
+)  # fmt: skip
 
 
 class _Commands(TyperGroup):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
+from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.errors import ConfigError, DataError, FastlmError
 
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
     from fastlm.training.data import TokenDataset
     from fastlm.training.run_directory import RunDescription
-    from fastlm.training.trainer import Progress, TrainingResult
+    from fastlm.training.trainer import TrainingResult
 
 DEFAULT_MINUTES = 3.0
 
@@ -151,7 +151,7 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
 def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_at: float, as_json: bool) -> None:
     from fastlm.training import train
 
-    with _Display() as display, _stop_on_signal() as stop:
+    with RunDisplay() as display, stop_on_signal() as stop:
         result = train(
             description.model,
             description.training,
@@ -287,76 +287,12 @@ def _conflict(out: Path, name: str, recorded: object, value: object) -> ConfigEr
     )
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[dict[str, bool]]:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one ends at once."""
-    stop = {"asked": False}
-
-    def handle(number: int, _frame: object) -> None:
-        if stop["asked"]:
-            raise KeyboardInterrupt
-        stop["asked"] = True
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Display:
-    """A bar on a terminal; elsewhere a line for each evaluation. On stderr."""
-
-    def __init__(self) -> None:
-        from rich import progress as rich
-
-        self._bar = rich.Progress(
-            rich.TextColumn("step {task.fields[step]}"),
-            rich.BarColumn(),
-            rich.TaskProgressColumn(),
-            rich.TextColumn("{task.fields[figures]}"),
-            console=status_console,
-            disable=not status_console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=1.0, step="0", figures="")
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, now: Progress) -> None:
-        step = f"{now.step:,}" + (f"/{now.total_steps:,}" if now.total_steps else "")
-        figures = f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
-        if "bits_per_byte" in now.valid:
-            figures += f"  valid {now.valid['bits_per_byte']:.3f} bits/byte"
-        if now.skipped_steps:
-            figures += f"  {now.skipped_steps} steps skipped: not finite"
-        if now.stage == "final evaluation":
-            figures += "  scoring the validation text"
-        elif now.seconds_left is not None:
-            figures += f"  {_duration(now.seconds_left)} left"
-        self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
-        if not status_console.is_terminal and now.stage != "training":
-            status_console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _print_result(out: Path, result: TrainingResult) -> None:
     lines = [
         f"validation: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats a token, "
         f"perplexity {result.perplexity:.2f}" + (", on a sample of the validation text" if result.partial else ""),
         f"{result.parameters:,} parameters, {result.steps:,} steps, {result.tokens:,} tokens "
-        f"in {_duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
+        f"in {duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
         f"{out}: model, tokenizer, loss.png, log.jsonl; try: "
         + shlex.join(["fastlm", "generate", "--checkpoint", str(out), "--prompt", "…"]),
     ]

@@ -116,7 +116,7 @@ def load_checkpoint(directory: Path, objective: Objective[Any], optimizer: Optim
     try:
         state, files = _read_state(directory)
         _check_files(directory, files)
-        objective.read(directory)
+        objective.files.read(directory)
         tensors = read_tensors(directory / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop(RANDOM_STATE))
         optimizer.load_state_tensors(tensors)
@@ -159,7 +159,7 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
 
 
 def _write_model(directory: Path, run: Path, objective: Objective[Any]) -> None:
-    objective.write(directory)
+    objective.files.write(directory)
     _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 

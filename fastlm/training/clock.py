@@ -7,7 +7,6 @@ import time
 from fastlm.training.checkpoint import TrainingState
 from fastlm.training.config import TrainingConfig
 
-MAX_FINAL_SIZE = 8192  # windows of the final evaluation: a million tokens, a minute or two for a small model on 2 cores
 FINAL_SHARE = 0.15  # most of a time limit that the final evaluation may take; it scores a sample where all takes longer
 PLOT_SECONDS = 2.0  # importing matplotlib and drawing
 PACE_STEPS = 20  # steps over which speed is averaged for display
@@ -27,12 +26,14 @@ class Clock:
         *,
         validation_size: int,
         partial_size: int,
+        max_final_size: int | None = None,
     ) -> None:
         now = time.monotonic()
         self.config = config
         self.state = state
         self.validation_size = validation_size
         self.partial_size = partial_size
+        self.max_final_size = validation_size if max_final_size is None else min(max_final_size, validation_size)
         if config.steps is not None:
             state.total_steps = config.steps
         # What is left for the loop. After an interruption the start-up is paid again and not counted.
@@ -56,7 +57,7 @@ class Clock:
 
     def final_size(self) -> int:
         """How many windows the final evaluation scores."""
-        most = min(self.validation_size, MAX_FINAL_SIZE)
+        most = self.max_final_size
         if self.budget is None or self.seconds_each is None:
             return most
         return min(most, max(self.partial_size, int(FINAL_SHARE * self.budget / self.seconds_each)))

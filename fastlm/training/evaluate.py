@@ -64,14 +64,17 @@ def evaluate(
     eos_token_id: int,
     *,
     max_windows: int | None = None,
+    context_length: int | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Scores the whole split, or `max_windows` evenly spaced windows of it; None when `should_stop` said so.
 
+    Windows are of `context_length` tokens, by default the model's.
+
     Raises:
         DataError: the split has no token to score.
     """
-    every = windows(len(split), model.config.context_length)
+    every = windows(len(split), context_length or model.config.context_length)
     chosen = every
     if max_windows is not None and max_windows < len(every):
         chosen = [every[i] for i in np.linspace(0, len(every) - 1, max_windows).round().astype(int)]

@@ -88,6 +88,7 @@ def run_loop(
         time.monotonic() if started_at is None else started_at,
         validation_size=objective.validation_size,
         partial_size=objective.partial_size,
+        max_final_size=objective.max_final_size,
     )
     valid: Mapping[str, Any] = {}
     loss_value = math.nan

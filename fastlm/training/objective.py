@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
+
+from fastlm.training.model_files import ModelFiles
 
 Part = TypeVar("Part")
 
@@ -34,9 +35,10 @@ class Objective(ABC, Generic[Part]):
 
     model: nn.Module
     tokens_per_step: int  # for the display of the pace; of an average step
-    weights_file: str = "model.safetensors"  # of those that `write` makes, the one with the trained weights
+    files: ModelFiles
     validation_size: int  # windows or examples that a whole evaluation scores; 0: there is nothing to score
     partial_size: int  # of those, how many an evaluation during the run scores
+    max_final_size: int | None = None  # the most that the final one scores
 
     @abstractmethod
     def parts(self, step: int) -> list[Part]:
@@ -49,11 +51,3 @@ class Objective(ABC, Generic[Part]):
     @abstractmethod
     def evaluate(self, size: int, should_stop: Callable[[], bool] | None = None) -> Score | None:
         """The score on `size` evenly spread windows or examples; None when `should_stop` said so."""
-
-    @abstractmethod
-    def write(self, directory: Path) -> None:
-        """Writes the files that a trained model consists of, but for the tokenizer."""
-
-    @abstractmethod
-    def read(self, directory: Path) -> None:
-        """Puts the weights that `write` wrote back into the model."""

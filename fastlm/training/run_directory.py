@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 OWN_FILES = (
     RUN_FILE, RESULT_FILE, "log.jsonl", "loss.png", "config.json", "model.safetensors", "tokenizer.json",
-    "adapter_config.json", "adapter_model.safetensors", "predictions.jsonl",
+    "adapter_config.json", "adapter_model.safetensors", "labels.json",
 )  # fmt: skip
 
 

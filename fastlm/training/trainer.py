@@ -13,17 +13,19 @@ from torch import Tensor
 
 from fastlm._files import write_atomic
 from fastlm.errors import DataError
-from fastlm.model.checkpoint import AnyConfig, LanguageModel, build_model, load_weights, write_config, write_weights
+from fastlm.model.checkpoint import AnyConfig, LanguageModel, build_model, write_config
 from fastlm.training.checkpoint import TrainingState
 from fastlm.training.config import TrainingConfig
 from fastlm.training.data import TokenDataset, WindowSampler
 from fastlm.training.evaluate import evaluate, windows
 from fastlm.training.log import plot_losses
 from fastlm.training.loop import Progress, run_loop
+from fastlm.training.model_files import LanguageModelFiles, ModelFiles
 from fastlm.training.objective import Objective, Score
 from fastlm.training.run_directory import RESULT_FILE, RunDescription, begin_run
 
 PARTIAL_WINDOWS = 32  # of an evaluation during the run: about 0.3 s for a small model on two cores
+MAX_FINAL_WINDOWS = 8192  # of the final one: a million tokens, a minute or two for a small model on two cores
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,30 @@ class TrainingResult:
 class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
     """The next token of every token, over windows of a prepared stream."""
 
+    max_final_size = MAX_FINAL_WINDOWS
+    partial_size = PARTIAL_WINDOWS
+
     def __init__(
-        self, model: LanguageModel, dataset: TokenDataset, config: TrainingConfig, device: torch.device | str = "cpu"
+        self,
+        model: LanguageModel,
+        dataset: TokenDataset,
+        config: TrainingConfig,
+        *,
+        files: ModelFiles | None = None,
+        context_length: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.model: LanguageModel = model
+        self.files = files or LanguageModelFiles(model, dataset.eos_token_id)
         self.dataset = dataset
         self.accumulation = config.accumulation
         self.device = device
-        context_length = model.config.context_length
-        self.sampler = WindowSampler(dataset.train, context_length, config.batch_size, config.seed)
+        self.context_length = context_length or model.config.context_length
+        self.sampler = WindowSampler(dataset.train, self.context_length, config.batch_size, config.seed)
         if len(dataset.valid) < 2:
             raise DataError("the validation split holds no text to score; give more text")
-        self.tokens_per_step = config.batch_size * context_length
-        self.validation_size = len(windows(len(dataset.valid), context_length))
-        self.partial_size = PARTIAL_WINDOWS
+        self.tokens_per_step = config.batch_size * self.context_length
+        self.validation_size = len(windows(len(dataset.valid), self.context_length))
 
     def parts(self, step: int) -> list[tuple[Tensor, Tensor]]:
         inputs, targets = (tensor.to(self.device) for tensor in self.sampler.batch(step))
@@ -74,19 +86,17 @@ class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
 
     def evaluate(self, size: int, should_stop: Callable[[], bool] | None = None) -> Score | None:
         result = evaluate(
-            self.model, self.dataset.valid, self.dataset.eos_token_id, max_windows=size, should_stop=should_stop
+            self.model,
+            self.dataset.valid,
+            self.dataset.eos_token_id,
+            max_windows=size,
+            context_length=self.context_length,
+            should_stop=should_stop,
         )
         if result is None:
             return None
         metrics = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity}
         return Score(result.bits_per_byte, metrics, result.partial)
-
-    def write(self, directory: Path) -> None:
-        write_config(self.model.config, directory, eos_token_id=self.dataset.eos_token_id)
-        write_weights(self.model, directory / "model.safetensors")
-
-    def read(self, directory: Path) -> None:
-        load_weights(self.model, directory / "model.safetensors")
 
 
 def train(
@@ -124,7 +134,7 @@ def train(
             f"the tokenizer one of {dataset.tokenizer.vocab_size}"
         )
     torch.manual_seed(config.seed)
-    objective = LanguageModeling(build_model(model_config).to(device), dataset, config, device)
+    objective = LanguageModeling(build_model(model_config).to(device), dataset, config, device=device)
     data = str(dataset.directory.resolve())
     begin_run(out, RunDescription(model_config, config, data, dataset.manifest.fingerprint))
     dataset.tokenizer.save(out / "tokenizer.json")

@@ -12,9 +12,9 @@ from fastlm.errors import ConfigError, DataError, TrainingError
 from fastlm.model import ModelConfig, RNNConfig, load_model
 from fastlm.training import Progress, TokenDataset, TrainingConfig, evaluate, train
 from fastlm.training.checkpoint import TrainingState
-from fastlm.training.clock import MAX_FINAL_SIZE, Clock
+from fastlm.training.clock import Clock
 from fastlm.training.log import read_log
-from fastlm.training.trainer import PARTIAL_WINDOWS
+from fastlm.training.trainer import MAX_FINAL_WINDOWS, PARTIAL_WINDOWS
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_seconds=1000)
 
@@ -151,7 +151,8 @@ def test_a_model_for_another_vocabulary_is_refused(dataset, tiny, tmp_path: Path
 
 def test_a_slow_evaluation_of_much_text_leaves_most_of_the_time_to_training() -> None:
     def clock_of(config: TrainingConfig, windows: int) -> Clock:
-        return Clock(config, TrainingState(), time.monotonic(), validation_size=windows, partial_size=PARTIAL_WINDOWS)
+        sizes = {"validation_size": windows, "partial_size": PARTIAL_WINDOWS, "max_final_size": MAX_FINAL_WINDOWS}
+        return Clock(config, TrainingState(), time.monotonic(), **sizes)
 
     clock = clock_of(TrainingConfig(minutes=1), 10_000)
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.1)  # at this pace all of the text would take 1,000 s
@@ -159,7 +160,7 @@ def test_a_slow_evaluation_of_much_text_leaves_most_of_the_time_to_training() ->
     assert clock.final_seconds < 12
     assert not clock.decay_is_due()
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.0001)  # once warm, it all fits
-    assert clock.final_size() == MAX_FINAL_SIZE
+    assert clock.final_size() == MAX_FINAL_WINDOWS
     by_steps = clock_of(TrainingConfig(steps=5), 300)
     by_steps.evaluated(seconds=1e6)
     assert by_steps.final_size() == 300
