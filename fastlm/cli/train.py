@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
@@ -21,7 +21,7 @@ from fastlm.errors import ConfigError, DataError, FastlmError
 
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
-    from fastlm.training.data import TokenDataset
+    from fastlm.training.data import MixedDataset, TokenDataset
     from fastlm.training.run_directory import RunDescription
     from fastlm.training.trainer import TrainingResult
 
@@ -49,7 +49,14 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run; an unfinished one there goes on.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", "-d", help="UTF-8 text file; repeat for more. Or a directory made by `fastlm prepare`."),
+        typer.Option("--data", "-d", help="What `fastlm prepare` reads, or directories that it made; repeat for more."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Shares of several prepared directories: 0.7,0.3. [default: equal]")
+    ] = None,
+    separate_documents: Annotated[
+        bool | None,
+        typer.Option("--separate-documents/--no-separate-documents", help="No token sees another document in its row."),
     ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Wall-clock, all in all. [default: 3]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps, instead of --minutes.")] = None,
@@ -105,6 +112,7 @@ def command(
         "embedding_learning_rate": embedding_lr,
         "dtype": dtype and dtype.value,
         "seed": seed,
+        "separate_documents": separate_documents,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
     existing = None if overwrite else read_run(out)
@@ -125,7 +133,7 @@ def command(
         if not data:
             raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
         with _nothing_left_behind(out):
-            dataset = _new_data(out, data, tokenizer, vocab_size, overwrite)
+            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
             description = _describe(dataset, given_training, given_model, architecture, preset)
             _run(out, description, dataset, started_at, as_json)
         return
@@ -148,7 +156,9 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
         raise
 
 
-def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_at: float, as_json: bool) -> None:
+def _run(
+    out: Path, description: RunDescription, dataset: TokenDataset | MixedDataset, started_at: float, as_json: bool
+) -> None:
     from fastlm.training import train
 
     with RunDisplay() as display, stop_on_signal() as stop:
@@ -177,7 +187,7 @@ def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_
 
 
 def _describe(
-    dataset: TokenDataset,
+    dataset: TokenDataset | MixedDataset,
     given_training: dict[str, Any],
     given_model: dict[str, Any],
     architecture: Architecture | None,
@@ -199,30 +209,40 @@ def _describe(
         **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
     )
     model = transformer_config(vocab_size, preset) if cell == "transformer" else rnn_config(vocab_size, preset, cell)
-    return RunDescription(model, config, str(dataset.directory.resolve()), dataset.manifest.fingerprint)
+    return RunDescription.of(model, config, dataset)
 
 
 def _new_data(
-    out: Path, data: list[Path], tokenizer: Path | None, vocab_size: int | None, overwrite: bool
-) -> TokenDataset:
+    out: Path,
+    data: list[Path],
+    weights: str | None,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    overwrite: bool,
+) -> TokenDataset | MixedDataset:
     """Opens a prepared directory, or prepares text in <out>/data. An earlier run is deleted when nothing failed."""
     from fastlm.tokenizer import Tokenizer
-    from fastlm.training import TokenDataset, prepare
+    from fastlm.training import MixedDataset, TokenDataset, prepare
     from fastlm.training.data import MANIFEST
     from fastlm.training.run_directory import delete_run
 
     directories = [path for path in data if path.is_dir()]
     if directories:
-        if len(data) > 1:
-            raise ConfigError(f"{directories[0]} is a directory; give one prepared directory, or text files")
+        if len(directories) < len(data):
+            raise ConfigError(f"{directories[0]} is a directory; give prepared directories, or text files")
         if tokenizer is not None or vocab_size is not None:
             raise ConfigError("prepared data has its tokenizer; leave out --tokenizer and --vocab-size")
-        dataset = TokenDataset(directories[0])
+        datasets = [TokenDataset(directory) for directory in directories]
+        shares = _weights(weights, len(datasets))
+        mixed = datasets[0] if len(datasets) == 1 else MixedDataset(datasets, shares)
         if overwrite:
-            if dataset.directory.resolve() == (out / "data").resolve():
-                raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
+            for dataset in datasets:
+                if dataset.directory.resolve() == (out / "data").resolve():
+                    raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
             delete_run(out)
-        return dataset
+        return mixed
+    if weights is not None:
+        raise ConfigError("--weights are for several prepared directories; prepare the text first")
     left = out / "data"
     if left.exists() and not overwrite:
         raise ConfigError(f"{left} exists already and is no run's; give another --out, or --overwrite to replace it")
@@ -239,17 +259,31 @@ def _new_data(
     return TokenDataset(left)
 
 
-def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset:
+def _weights(text: str | None, count: int) -> list[float]:
+    try:
+        return [1.0] * count if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {text!r}: give numbers with commas, such as 0.7,0.3") from None
+
+
+def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset | MixedDataset:
     """The data of an unfinished run. Raises ConfigError when other data was given, or it is no longer the same."""
-    from fastlm.training import TokenDataset
+    from fastlm.training import MixedDataset, TokenDataset
     from fastlm.training.data import sha256_file
 
+    def opened(directories: Sequence[str | Path]) -> TokenDataset | MixedDataset:
+        datasets = [TokenDataset(directory) for directory in directories]
+        return MixedDataset(datasets, run.weights) if run.weights else datasets[0]
+
     inside = out / "data"
-    dataset = TokenDataset(inside if inside.is_dir() else run.data)
-    changed = dataset.manifest.fingerprint != run.data_fingerprint
+    dataset = opened([inside] if inside.is_dir() else run.data.split(os.pathsep))
+    changed = dataset.fingerprint != run.data_fingerprint
     if data and data[0].is_dir():
-        changed |= TokenDataset(data[0]).manifest.fingerprint != run.data_fingerprint
+        changed |= len(data) != max(1, len(run.weights)) or opened(data).fingerprint != run.data_fingerprint
+    elif data and isinstance(dataset, MixedDataset):
+        changed = True
     elif data:
+        assert isinstance(dataset, TokenDataset)
         missing = [path for path in data if not path.is_file()]
         if missing:
             raise DataError(f"{missing[0]} does not exist; give a text file")

@@ -1,7 +1,7 @@
 """Training from text files to a model directory, and fine-tuning from there."""
 
 from fastlm.training.config import PRESETS, TrainingConfig, rnn_config, transformer_config
-from fastlm.training.data import TokenDataset
+from fastlm.training.data import MixedDataset, TokenDataset
 from fastlm.training.evaluate import Evaluation, evaluate
 from fastlm.training.finetune import (
     Base,
@@ -22,6 +22,7 @@ __all__ = [
     "Evaluation",
     "FinetuneConfig",
     "FinetuneResult",
+    "MixedDataset",
     "Progress",
     "TokenDataset",
     "TrainingConfig",

@@ -32,6 +32,7 @@ class TrainingConfig:
     warmup_steps: int = 20
     decay_fraction: float = 0.6  # last part of the run, over which the rate falls to zero
     gradient_clip: float = 1.0  # largest norm of all gradients together
+    separate_documents: bool = False  # no token sees another document that shares its row
     dtype: Literal["float32", "bfloat16"] = "float32"  # what layers compute in; weights are always float32
     seed: int = 0
     evaluations: int = 10  # partial evaluations during the run, evenly spread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastlm.model.config import ModelConfig
 from fastlm.model.rnn import RNNConfig
 from fastlm.model.tensor_files import read_json_object
 from fastlm.training.config import TrainingConfig
+from fastlm.training.data import MixedDataset, TokenDataset
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -36,8 +38,16 @@ class RunDescription:
 
     model: AnyConfig
     training: TrainingConfig
-    data: str  # the prepared directory
+    data: str  # the prepared directory, or those of a mixture with os.pathsep between
     data_fingerprint: str
+    weights: tuple[float, ...] = ()  # of the mixture
+
+    @classmethod
+    def of(cls, model: AnyConfig, training: TrainingConfig, dataset: TokenDataset | MixedDataset) -> RunDescription:
+        datasets = dataset.datasets if isinstance(dataset, MixedDataset) else [dataset]
+        data = os.pathsep.join(str(d.directory.resolve()) for d in datasets)
+        weights = tuple(dataset.weights) if isinstance(dataset, MixedDataset) else ()
+        return cls(model, training, data, dataset.fingerprint, weights)
 
     def to_dict(self) -> dict[str, Any]:
         kind = "transformer" if isinstance(self.model, ModelConfig) else "rnn"
@@ -47,6 +57,7 @@ class RunDescription:
             "training": asdict(self.training),
             "data": self.data,
             "data_fingerprint": self.data_fingerprint,
+            "weights": list(self.weights),
         }
 
     @classmethod
@@ -57,6 +68,7 @@ class RunDescription:
             TrainingConfig(**content["training"]),
             str(content["data"]),
             str(content["data_fingerprint"]),
+            tuple(content.get("weights", ())),
         )
 
 

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm._files import write_atomic
-from fastlm.errors import DataError
+from fastlm.errors import ConfigError, DataError
 from fastlm.model.checkpoint import AnyConfig, LanguageModel, build_model, write_config
+from fastlm.model.transformer import Transformer
 from fastlm.training.checkpoint import TrainingState
 from fastlm.training.config import TrainingConfig
-from fastlm.training.data import TokenDataset, WindowSampler
+from fastlm.training.data import MixedDataset, TokenDataset, document_offsets
 from fastlm.training.evaluate import evaluate, windows
 from fastlm.training.log import plot_losses
 from fastlm.training.loop import Progress, run_loop
@@ -49,7 +51,15 @@ class TrainingResult:
     parameters: int
 
 
-class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
+class Rows(NamedTuple):
+    """Part of a batch."""
+
+    inputs: Tensor  # (rows, context_length) int64
+    targets: Tensor
+    cu_seqlens: Tensor | None  # where documents begin, if they are kept apart
+
+
+class LanguageModeling(Objective[Rows]):
     """The next token of every token, over windows of a prepared stream."""
 
     max_final_size = MAX_FINAL_WINDOWS
@@ -58,7 +68,7 @@ class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         model: LanguageModel,
-        dataset: TokenDataset,
+        dataset: TokenDataset | MixedDataset,
         config: TrainingConfig,
         *,
         files: ModelFiles | None = None,
@@ -71,18 +81,26 @@ class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
         self.accumulation = config.accumulation
         self.device = device
         self.context_length = context_length or model.config.context_length
-        self.sampler = WindowSampler(dataset.train, self.context_length, config.batch_size, config.seed)
+        self.separate_documents = config.separate_documents
+        if config.separate_documents and not isinstance(model, Transformer):
+            raise ConfigError("a recurrent network cannot keep the documents of a row apart; leave that option out")
+        self.sampler = dataset.sampler(self.context_length, config.batch_size, config.seed)
         if len(dataset.valid) < 2:
             raise DataError("the validation split holds no text to score; give more text")
         self.tokens_per_step = config.batch_size * self.context_length
         self.validation_size = len(windows(len(dataset.valid), self.context_length))
 
-    def parts(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def parts(self, step: int) -> list[Rows]:
         inputs, targets = (tensor.to(self.device) for tensor in self.sampler.batch(step))
-        return list(zip(inputs.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True))
+        pairs = zip(inputs.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True)
+        eos = self.dataset.eos_token_id
+        return [Rows(i, t, document_offsets(i, eos) if self.separate_documents else None) for i, t in pairs]
 
-    def loss(self, part: tuple[Tensor, Tensor]) -> Tensor:
-        return self.model.loss(*part) / self.accumulation
+    def loss(self, part: Rows) -> Tensor:
+        if part.cu_seqlens is None:
+            return self.model.loss(part.inputs, part.targets) / self.accumulation
+        assert isinstance(self.model, Transformer)
+        return self.model.loss(part.inputs, part.targets, cu_seqlens=part.cu_seqlens) / self.accumulation
 
     def evaluate(self, size: int, should_stop: Callable[[], bool] | None = None) -> Score | None:
         result = evaluate(
@@ -91,6 +109,7 @@ class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
             self.dataset.eos_token_id,
             max_windows=size,
             context_length=self.context_length,
+            separate_documents=self.separate_documents,
             should_stop=should_stop,
         )
         if result is None:
@@ -102,7 +121,7 @@ class LanguageModeling(Objective[tuple[Tensor, Tensor]]):
 def train(
     model_config: AnyConfig,
     config: TrainingConfig,
-    dataset: TokenDataset,
+    dataset: TokenDataset | MixedDataset,
     out: str | Path,
     *,
     on_progress: Callable[[Progress], None] | None = None,
@@ -135,8 +154,7 @@ def train(
         )
     torch.manual_seed(config.seed)
     objective = LanguageModeling(build_model(model_config).to(device), dataset, config, device=device)
-    data = str(dataset.directory.resolve())
-    begin_run(out, RunDescription(model_config, config, data, dataset.manifest.fingerprint))
+    begin_run(out, RunDescription.of(model_config, config, dataset))
     dataset.tokenizer.save(out / "tokenizer.json")
     write_config(model_config, out, eos_token_id=dataset.eos_token_id)
     state, final = run_loop(
