@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def measured(load: Callable[[], list[Answer]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each server; medians are shown")
     options = parser.parse_args()
@@ -272,7 +273,7 @@ def main() -> None:
             runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
             for _ in range(options.rounds):
                 for side, server in sides.items():
-                    runs[side].append(measured(lambda s=server, a=asked, m=stream: s.load(a, stream=m)))
+                    runs[side].append(measured(partial(server.load, asked, stream=stream)))
             report[name] = {
                 side: {key: statistics.median(run[key] for run in its) for key in its[0]} for side, its in runs.items()
             }

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fastlm.cli.output import JsonFlag, console, print_json
+from fastlm.cli.output import JsonFlag, console, print_json, status_console
 
 
 def command(
-    data: Annotated[list[Path], typer.Argument(help="UTF-8 text files; each is one document.", show_default=False)],
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="UTF-8 text, JSON lines, CSV, TSV or Parquet; also .gz and .zst.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="tokenizer.json to encode with. [default: train one]")
@@ -20,26 +23,56 @@ def command(
         int | None, typer.Option("--vocab-size", "-v", help="Of the trained tokenizer. [default: by amount of text]")
     ] = None,
     valid_fraction: Annotated[
-        float, typer.Option("--valid-fraction", help="Share of each file, at its end, kept for validation.")
+        float, typer.Option("--valid-fraction", help="Share kept for validation: a text's end, or some of the rows.")
     ] = 0.1,
+    column: Annotated[str, typer.Option("--column", help="Of rows, the one that holds the text.")] = "text",
+    by_line: Annotated[bool, typer.Option("--by-line", help="Each line of a text file is a document.")] = False,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Leave out repeated documents.")] = False,
+    workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes, each a file at a time.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
-    """Encode text files once, for any number of training runs.
+    """Encode files once, for any number of training runs. What is interrupted goes on when asked again.
+
+    A text file is one document; each row of the others is one.
 
     Example: fastlm prepare reviews.txt --out reviews-8k --vocab-size 8000
+
+    Example: fastlm prepare web-*.jsonl.zst --out web --workers 4 --deduplicate
     """
     from fastlm.tokenizer import Tokenizer
     from fastlm.training import prepare
 
     given = Tokenizer.from_file(tokenizer) if tokenizer is not None else None
-    dataset = prepare(data, out, tokenizer=given, vocab_size=vocab_size, valid_fraction=valid_fraction)
+    with status_console.status("reading") as status:
+        dataset = prepare(
+            data,
+            out,
+            tokenizer=given,
+            vocab_size=vocab_size,
+            valid_fraction=valid_fraction,
+            column=column,
+            by_line=by_line,
+            deduplicate=deduplicate,
+            workers=workers,
+            on_progress=lambda stage, done, total: status.update(
+                f"{stage}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            ),
+        )
+    manifest = dataset.manifest
     splits = {
-        name: {"tokens": len(split), "bytes": split.num_bytes}
-        for name, split in (("train", dataset.train), ("valid", dataset.valid))
+        name: {key: manifest.splits[name][key] for key in ("tokens", "bytes", "documents")}
+        for name in ("train", "valid")
     }
     if as_json:
-        print_json({"out": str(out), "vocab_size": dataset.tokenizer.vocab_size, **splits})
+        print_json(
+            {"out": str(out), "vocab_size": dataset.tokenizer.vocab_size, **splits, "duplicates": manifest.duplicates}
+        )
         return
     for name, split in splits.items():
-        console.print(f"{name}: {split['tokens']:,} tokens, {split['bytes']:,} bytes", highlight=False)
+        console.print(
+            f"{name}: {split['tokens']:,} tokens, {split['bytes']:,} bytes, {split['documents']:,} documents",
+            highlight=False,
+        )
+    if deduplicate:
+        console.print(f"{manifest.duplicates:,} documents had occurred before and are left out", highlight=False)
     console.print(f"{out}: vocabulary of {dataset.tokenizer.vocab_size:,}", highlight=False, markup=False)

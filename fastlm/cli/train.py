@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from enum import Enum
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
+from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.errors import ConfigError, DataError, FastlmError
 
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
-    from fastlm.training.data import TokenDataset
+    from fastlm.training.data import MixedDataset, TokenDataset
     from fastlm.training.run_directory import RunDescription
-    from fastlm.training.trainer import Progress, TrainingResult
+    from fastlm.training.trainer import TrainingResult
 
 DEFAULT_MINUTES = 3.0
 
@@ -49,7 +49,14 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the run; an unfinished one there goes on.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", "-d", help="UTF-8 text file; repeat for more. Or a directory made by `fastlm prepare`."),
+        typer.Option("--data", "-d", help="What `fastlm prepare` reads, or directories that it made; repeat for more."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Shares of several prepared directories: 0.7,0.3. [default: equal]")
+    ] = None,
+    separate_documents: Annotated[
+        bool | None,
+        typer.Option("--separate-documents/--no-separate-documents", help="No token sees another document in its row."),
     ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Wall-clock, all in all. [default: 3]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps, instead of --minutes.")] = None,
@@ -105,6 +112,7 @@ def command(
         "embedding_learning_rate": embedding_lr,
         "dtype": dtype and dtype.value,
         "seed": seed,
+        "separate_documents": separate_documents,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
     existing = None if overwrite else read_run(out)
@@ -125,7 +133,7 @@ def command(
         if not data:
             raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
         with _nothing_left_behind(out):
-            dataset = _new_data(out, data, tokenizer, vocab_size, overwrite)
+            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
             description = _describe(dataset, given_training, given_model, architecture, preset)
             _run(out, description, dataset, started_at, as_json)
         return
@@ -148,10 +156,12 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
         raise
 
 
-def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_at: float, as_json: bool) -> None:
+def _run(
+    out: Path, description: RunDescription, dataset: TokenDataset | MixedDataset, started_at: float, as_json: bool
+) -> None:
     from fastlm.training import train
 
-    with _Display() as display, _stop_on_signal() as stop:
+    with RunDisplay() as display, stop_on_signal() as stop:
         result = train(
             description.model,
             description.training,
@@ -177,7 +187,7 @@ def _run(out: Path, description: RunDescription, dataset: TokenDataset, started_
 
 
 def _describe(
-    dataset: TokenDataset,
+    dataset: TokenDataset | MixedDataset,
     given_training: dict[str, Any],
     given_model: dict[str, Any],
     architecture: Architecture | None,
@@ -199,30 +209,40 @@ def _describe(
         **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
     )
     model = transformer_config(vocab_size, preset) if cell == "transformer" else rnn_config(vocab_size, preset, cell)
-    return RunDescription(model, config, str(dataset.directory.resolve()), dataset.manifest.fingerprint)
+    return RunDescription.of(model, config, dataset)
 
 
 def _new_data(
-    out: Path, data: list[Path], tokenizer: Path | None, vocab_size: int | None, overwrite: bool
-) -> TokenDataset:
+    out: Path,
+    data: list[Path],
+    weights: str | None,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    overwrite: bool,
+) -> TokenDataset | MixedDataset:
     """Opens a prepared directory, or prepares text in <out>/data. An earlier run is deleted when nothing failed."""
     from fastlm.tokenizer import Tokenizer
-    from fastlm.training import TokenDataset, prepare
+    from fastlm.training import MixedDataset, TokenDataset, prepare
     from fastlm.training.data import MANIFEST
     from fastlm.training.run_directory import delete_run
 
     directories = [path for path in data if path.is_dir()]
     if directories:
-        if len(data) > 1:
-            raise ConfigError(f"{directories[0]} is a directory; give one prepared directory, or text files")
+        if len(directories) < len(data):
+            raise ConfigError(f"{directories[0]} is a directory; give prepared directories, or text files")
         if tokenizer is not None or vocab_size is not None:
             raise ConfigError("prepared data has its tokenizer; leave out --tokenizer and --vocab-size")
-        dataset = TokenDataset(directories[0])
+        datasets = [TokenDataset(directory) for directory in directories]
+        shares = _weights(weights, len(datasets))
+        mixed = datasets[0] if len(datasets) == 1 else MixedDataset(datasets, shares)
         if overwrite:
-            if dataset.directory.resolve() == (out / "data").resolve():
-                raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
+            for dataset in datasets:
+                if dataset.directory.resolve() == (out / "data").resolve():
+                    raise ConfigError(f"{dataset.directory} is inside the run that --overwrite deletes; move it first")
             delete_run(out)
-        return dataset
+        return mixed
+    if weights is not None:
+        raise ConfigError("--weights are for several prepared directories; prepare the text first")
     left = out / "data"
     if left.exists() and not overwrite:
         raise ConfigError(f"{left} exists already and is no run's; give another --out, or --overwrite to replace it")
@@ -239,17 +259,31 @@ def _new_data(
     return TokenDataset(left)
 
 
-def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset:
+def _weights(text: str | None, count: int) -> list[float]:
+    try:
+        return [1.0] * count if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {text!r}: give numbers with commas, such as 0.7,0.3") from None
+
+
+def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> TokenDataset | MixedDataset:
     """The data of an unfinished run. Raises ConfigError when other data was given, or it is no longer the same."""
-    from fastlm.training import TokenDataset
+    from fastlm.training import MixedDataset, TokenDataset
     from fastlm.training.data import sha256_file
 
+    def opened(directories: Sequence[str | Path]) -> TokenDataset | MixedDataset:
+        datasets = [TokenDataset(directory) for directory in directories]
+        return MixedDataset(datasets, run.weights) if run.weights else datasets[0]
+
     inside = out / "data"
-    dataset = TokenDataset(inside if inside.is_dir() else run.data)
-    changed = dataset.manifest.fingerprint != run.data_fingerprint
+    dataset = opened([inside] if inside.is_dir() else run.data.split(os.pathsep))
+    changed = dataset.fingerprint != run.data_fingerprint
     if data and data[0].is_dir():
-        changed |= TokenDataset(data[0]).manifest.fingerprint != run.data_fingerprint
+        changed |= len(data) != max(1, len(run.weights)) or opened(data).fingerprint != run.data_fingerprint
+    elif data and isinstance(dataset, MixedDataset):
+        changed = True
     elif data:
+        assert isinstance(dataset, TokenDataset)
         missing = [path for path in data if not path.is_file()]
         if missing:
             raise DataError(f"{missing[0]} does not exist; give a text file")
@@ -287,76 +321,12 @@ def _conflict(out: Path, name: str, recorded: object, value: object) -> ConfigEr
     )
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[dict[str, bool]]:
-    """Ctrl-C and SIGTERM ask for a stop after the step; a second one ends at once."""
-    stop = {"asked": False}
-
-    def handle(number: int, _frame: object) -> None:
-        if stop["asked"]:
-            raise KeyboardInterrupt
-        stop["asked"] = True
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _Display:
-    """A bar on a terminal; elsewhere a line for each evaluation. On stderr."""
-
-    def __init__(self) -> None:
-        from rich import progress as rich
-
-        self._bar = rich.Progress(
-            rich.TextColumn("step {task.fields[step]}"),
-            rich.BarColumn(),
-            rich.TaskProgressColumn(),
-            rich.TextColumn("{task.fields[figures]}"),
-            console=status_console,
-            disable=not status_console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=1.0, step="0", figures="")
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, now: Progress) -> None:
-        step = f"{now.step:,}" + (f"/{now.total_steps:,}" if now.total_steps else "")
-        figures = f"loss {now.loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
-        if now.valid_bits_per_byte is not None:
-            figures += f"  valid {now.valid_bits_per_byte:.3f} bits/byte"
-        if now.skipped_steps:
-            figures += f"  {now.skipped_steps} steps skipped: not finite"
-        if now.stage == "final evaluation":
-            figures += "  scoring the validation text"
-        elif now.seconds_left is not None:
-            figures += f"  {_duration(now.seconds_left)} left"
-        self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
-        if not status_console.is_terminal and now.stage != "training":
-            status_console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _print_result(out: Path, result: TrainingResult) -> None:
     lines = [
         f"validation: {result.bits_per_byte:.4f} bits per byte, loss {result.loss:.4f} nats a token, "
         f"perplexity {result.perplexity:.2f}" + (", on a sample of the validation text" if result.partial else ""),
         f"{result.parameters:,} parameters, {result.steps:,} steps, {result.tokens:,} tokens "
-        f"in {_duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
+        f"in {duration(result.seconds)}" + (f", {result.skipped_steps} skipped" if result.skipped_steps else ""),
         f"{out}: model, tokenizer, loss.png, log.jsonl; try: "
         + shlex.join(["fastlm", "generate", "--checkpoint", str(out), "--prompt", "…"]),
     ]

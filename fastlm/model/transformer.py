@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlm.model.config import ModelConfig
 from fastlm.model.rope import RotaryTables
@@ -85,9 +86,10 @@ class Block(nn.Module):
         positions: Tensor | None,
         cache: Cache | None,
         layer: int,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = add_and_norm(self.input_layernorm, hidden, residual)
-        hidden = self.self_attn(hidden, *tables, positions=positions, cache=cache, layer=layer)
+        hidden = self.self_attn(hidden, *tables, positions=positions, cache=cache, layer=layer, cu_seqlens=cu_seqlens)
         if self.norm_after:
             hidden = self.post_attention_layernorm(hidden)
             hidden, residual = add_and_norm(self.pre_feedforward_layernorm, hidden, residual)
@@ -123,17 +125,19 @@ class Decoder(nn.Module):
         self.rotary = None if learned else RotaryTables(config)
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         seq = input_ids.shape[1]
         positions, end = None, seq
         if cache is not None:
             positions, end = cache.positions(seq), cache.end(seq)
+        elif cu_seqlens is not None:
+            positions, end = packed_positions(cu_seqlens, input_ids)
         if end > self.context_length:
             raise ValueError(f"{end} tokens do not fit the context of {self.context_length}")
         hidden, residual = self.embed(input_ids, positions), None
         for layer, block in enumerate(self.layers):
             tables = (None, None) if self.rotary is None else self.rotary.tables(layer, end, hidden.device)
-            hidden, residual = block(hidden, residual, tables, positions, cache, layer)
+            hidden, residual = block(hidden, residual, tables, positions, cache, layer, cu_seqlens)
         if cache is not None:
             cache.advance(seq)
         return self.norm(hidden, residual)[0]
@@ -149,6 +153,20 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):  # the residual stream has the dtype that layers compute in
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return hidden
+
+
+def packed_positions(cu_seqlens: Tensor, input_ids: Tensor) -> tuple[Tensor, int]:
+    """Each token's place in its sequence, like `input_ids`, and the length of the longest sequence.
+
+    Raises:
+        ValueError: the sequences are not exactly the tokens of `input_ids`.
+    """
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != input_ids.numel() or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to {input_ids.numel()}, the number of tokens")
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths)
+    positions = torch.arange(input_ids.numel(), device=input_ids.device) - starts
+    return positions.view_as(input_ids), int(lengths.amax())
 
 
 class Transformer(nn.Module):
@@ -193,13 +211,16 @@ class Transformer(nn.Module):
         dtype = self.model.embed_tokens.weight.dtype
         return torch.float32 if dtype == torch.uint8 else dtype
 
-    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """`(batch, seq)` int64 -> `(batch, seq, hidden_size)`, after the last norm.
 
+        With `cu_seqlens`, `(sequences + 1,)` int32 offsets from 0 to batch · seq, the ids are sequences packed one
+        after the other: each counts its positions from 0 and sees no other.
+
         Raises:
-            ValueError: the sequence, with what `cache` holds, is longer than the context.
+            ValueError: a sequence, with what `cache` holds, is longer than the context.
         """
-        return self.model(input_ids, cache)
+        return self.model(input_ids, cache, cu_seqlens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `hidden_states` gave, `(..., hidden_size)` -> `(..., vocab_size)`."""
@@ -217,23 +238,38 @@ class Transformer(nn.Module):
         """`(batch, seq)` int64 -> logits `(batch, seq, vocab_size)`. With `cache`, ids go after the tokens it holds."""
         return self.logits(self.hidden_states(input_ids, cache))
 
-    def loss(self, input_ids: Tensor, targets: Tensor, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Next-token cross-entropy in nats; `targets` `(batch, seq)`, -100 where none counts.
 
-        A scalar, or like `targets` with reduction="none".
+        A scalar, or like `targets` with reduction="none". `cu_seqlens` as in `hidden_states`.
         """
-        hidden = self.hidden_states(input_ids)
+        hidden = self.hidden_states(input_ids, cu_seqlens=cu_seqlens)
         if self.output_weight.dtype == torch.uint8:
             return self._loss_of_logits(hidden, targets, reduction)
         return self.loss_function(hidden, self.output_weight, targets, reduction)
 
     def _loss_of_logits(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        pairs = zip(hidden.flatten(0, 1).split(LOGITS_AT_ONCE), targets.flatten().split(LOGITS_AT_ONCE), strict=True)
-        each = [nn.functional.cross_entropy(self.logits(h).float(), t, reduction="none") for h, t in pairs]
-        losses = torch.cat(each).view_as(targets)
+        """With gradients, a chunk's logits are computed again on the way back instead of being kept."""
+        counted = targets != -100
+
+        def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+
+        chunks = zip(hidden[counted].split(LOGITS_AT_ONCE), targets[counted].split(LOGITS_AT_ONCE), strict=True)
+        if torch.is_grad_enabled():
+            each = [checkpoint(losses_of, h, t, use_reentrant=False) for h, t in chunks]
+        else:
+            each = [losses_of(h, t) for h, t in chunks]
+        losses = torch.cat(each)
         if reduction == "none":
-            return losses
-        return losses.sum() if reduction == "sum" else losses.sum() / (targets != -100).sum()
+            return torch.zeros(targets.shape, device=targets.device).index_put((counted,), losses)
+        return losses.sum() if reduction == "sum" else losses.sum() / losses.numel()
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows of up to `capacity` tokens, `context_length` by default."""

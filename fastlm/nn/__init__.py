@@ -2,6 +2,7 @@
 
 from fastlm.nn.attention import Attention
 from fastlm.nn.kv_cache import Cache, KVCache
+from fastlm.nn.lora import LoRALinear
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP, SwiGLU
 from fastlm.nn.normalization import LayerNorm, RMSNorm
@@ -14,6 +15,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "RMSNorm",

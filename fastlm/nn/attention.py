@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastlm.nn.kv_cache import Cache
@@ -66,12 +68,14 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """`(batch, seq, hidden_size)` -> the same shape.
 
         `cos` and `sin` are `fastlm.ops.rotary_tables`, or None for no rotation; `positions` `(batch, seq)` are the rows
         of them to use, by default 0, 1, 2, …. With `cache`, keys and values are kept at `layer` and queries see every
-        token that the cache holds.
+        token that the cache holds. With `cu_seqlens`, `(sequences + 1,)` int32, the batch · seq tokens are sequences
+        one after the other, whatever row they are in, and none sees another's tokens.
         """
         batch, seq, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, seq, self.num_heads, self.head_dim)
@@ -81,8 +85,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:
             q, k = rotary(q, k, cos, sin, positions=positions)
-        if cache is None:
-            out = attention(q, k, v, causal=True, window=self.window, softcap=self.softcap, scale=self.scale)
+        options: dict[str, Any] = {"causal": True, "window": self.window, "softcap": self.softcap, "scale": self.scale}
+        if cu_seqlens is not None:
+            out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options, cu_seqlens_q=cu_seqlens)
+            assert isinstance(out, Tensor)
+        elif cache is None:
+            out = attention(q, k, v, **options)
             assert isinstance(out, Tensor)
         else:
             out = cache.attend(layer, q, k, v, window=self.window, softcap=self.softcap, scale=self.scale)

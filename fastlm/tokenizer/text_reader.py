@@ -78,7 +78,7 @@ def read_files(paths: Iterable[Path], field: str | None = None) -> Iterator[Chun
         inner = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         if field is None and inner.suffix in JSON_LINES:
             raise DataError(f"{path}: JSON lines; say which field holds the text: --field text")
-        with _open(path) as stream:
+        with open_stream(path) as stream:
             yield from _read_text(path, stream) if field is None else _read_json_lines(path, stream, field)
 
 
@@ -121,7 +121,8 @@ def _zstandard(path: Path) -> Any:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Reader]:
+def open_stream(path: Path) -> Iterator[Reader]:
+    """The bytes of a file or of standard input, decompressed. Raises DataError when they cannot be had."""
     if path == STDIN:
         stdin = sys.stdin.buffer
         yield _interruptible(getattr(stdin, "raw", stdin))  # nothing was read, so nothing is buffered
@@ -248,7 +249,7 @@ def _read_text(path: Path, stream: Reader) -> Iterator[Chunk]:
 def _read_json_lines(path: Path, stream: Reader, field: str) -> Iterator[Chunk]:
     texts: list[bytes] = []
     size = 0
-    for number, line in _lines(path, stream):
+    for number, line in read_lines(path, stream):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -272,7 +273,7 @@ def _read_json_lines(path: Path, stream: Reader, field: str) -> Iterator[Chunk]:
         yield Chunk(texts, path)
 
 
-def _lines(path: Path, stream: Reader) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, stream: Reader) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1."""
     rest, number = b"", 0
     while block := stream.read(max(CHUNK_BYTES, len(rest))):

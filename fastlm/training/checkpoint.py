@@ -1,11 +1,11 @@
 """Training checkpoints: everything that the next step depends on, in a directory that appears whole or not at all.
 
     <run>/checkpoints/step-00000900/
-        config.json, model.safetensors, tokenizer.json      a model directory by itself
+        config.json, model.safetensors, tokenizer.json      a model directory by itself (of an adapter: its files)
         optimizer.safetensors                               optimizer state and torch's random state
         state.json                                          step and counters; sizes and SHA-256 of the files above
 
-The last two are kept. <run>/checkpoints/best is the model with the lowest partial evaluation.
+The last two are kept. <run>/checkpoints/best is the model with the best partial evaluation.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastlm._files import write_atomic
 from fastlm.errors import CheckpointError
-from fastlm.model.checkpoint import LanguageModel, load_weights, write_config, write_weights
 from fastlm.model.tensor_files import read_json_object, read_tensors, write_tensors
 from fastlm.training.data import sha256_file
+from fastlm.training.objective import Objective
 from fastlm.training.optimizer import Optimizer
 
 KEPT = 2
 RANDOM_STATE = "torch_random_state"
-HASHED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TrainingState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     evaluations: int = 0
-    best_bits_per_byte: float | None = None
+    best_score: float | None = None  # the lowest `Score.value`
 
 
 def checkpoint_directories(run: Path) -> list[Path]:
@@ -49,10 +49,8 @@ def checkpoint_directories(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(
-    run: Path, model: LanguageModel, optimizer: Optimizer, state: TrainingState, *, eos_token_id: int
-) -> Path:
-    """Writes a checkpoint, then makes the run's own model.safetensors the same file, then drops all but the last two.
+def save_checkpoint(run: Path, objective: Objective[Any], optimizer: Optimizer, state: TrainingState) -> Path:
+    """Writes a checkpoint, then makes the run's own model the same files, then drops all but the last two.
 
     Raises:
         CheckpointError: it could not be written, for example because the disk is full; earlier ones are untouched.
@@ -62,15 +60,19 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_model(temporary, run, model, eos_token_id)
+        _write_model(temporary, run, objective)
+        model_files = sorted(path.name for path in temporary.iterdir())
         tensors = optimizer.state_tensors() | {RANDOM_STATE: torch.get_rng_state()}
         write_tensors(tensors, temporary / "optimizer.safetensors")
         files = {
-            n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in HASHED_FILES
+            n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)}
+            for n in [*model_files, "optimizer.safetensors"]
         }
         write_atomic(temporary / "state.json", json.dumps({"state": asdict(state), "files": files}, indent=2) + "\n")
         _replace_directory(temporary, directory)
-        _link(directory / "model.safetensors", run / "model.safetensors")
+        for name in model_files:
+            if name != "tokenizer.json":  # which is the run's own already
+                _link(directory / name, run / name)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -85,14 +87,14 @@ def save_checkpoint(
     return directory
 
 
-def save_best(run: Path, model: LanguageModel, *, eos_token_id: int) -> None:
+def save_best(run: Path, objective: Objective[Any]) -> None:
     """Replaces <run>/checkpoints/best by the model as it is now. Raises CheckpointError when that fails."""
     directory = run / "checkpoints" / "best"
     temporary = directory.with_name(f".best.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_model(temporary, run, model, eos_token_id)
+        _write_model(temporary, run, objective)
         _replace_directory(temporary, directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +107,7 @@ def remove_leftovers(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(directory: Path, model: LanguageModel, optimizer: Optimizer) -> TrainingState:
+def load_checkpoint(directory: Path, objective: Objective[Any], optimizer: Optimizer) -> TrainingState:
     """Puts a checkpoint into a model and an optimizer that were built from the same configuration.
 
     Raises:
@@ -114,7 +116,7 @@ def load_checkpoint(directory: Path, model: LanguageModel, optimizer: Optimizer)
     try:
         state, files = _read_state(directory)
         _check_files(directory, files)
-        load_weights(model, directory / "model.safetensors")
+        objective.files.read(directory)
         tensors = read_tensors(directory / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop(RANDOM_STATE))
         optimizer.load_state_tensors(tensors)
@@ -138,7 +140,9 @@ def _read_state(directory: Path) -> tuple[TrainingState, dict[str, dict[str, obj
         known = {f.name for f in fields(TrainingState)}
         if content["state"].keys() != known or type(content["state"]["step"]) is not int:
             raise ValueError("it does not hold a training state")
-        return TrainingState(**content["state"]), {name: dict(content["files"][name]) for name in HASHED_FILES}
+        if not {"optimizer.safetensors", "tokenizer.json"} < content["files"].keys():
+            raise ValueError("it does not list the checkpoint's files")
+        return TrainingState(**content["state"]), {name: dict(file) for name, file in content["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"state.json is corrupt ({error})") from None
 
@@ -154,9 +158,8 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
             raise CheckpointError(f"the content of {name} has changed since it was written")
 
 
-def _write_model(directory: Path, run: Path, model: LanguageModel, eos_token_id: int) -> None:
-    write_config(model.config, directory, eos_token_id=eos_token_id)
-    write_weights(model, directory / "model.safetensors")
+def _write_model(directory: Path, run: Path, objective: Objective[Any]) -> None:
+    objective.files.write(directory)
     _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 

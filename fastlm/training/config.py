@@ -25,12 +25,14 @@ class TrainingConfig:
     minutes: float | None = None  # wall-clock, from `started_at` to the end of the final evaluation
     batch_size: int = 8  # sequences a step
     accumulation: int = 1  # parts that a step's batch is computed in
-    learning_rate: float = 0.04  # Muon, for the matrices of the blocks
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices of the blocks
+    learning_rate: float = 0.04  # of those
     embedding_learning_rate: float = 0.008  # AdamW, for everything else
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the matrices of the blocks
     warmup_steps: int = 20
     decay_fraction: float = 0.6  # last part of the run, over which the rate falls to zero
     gradient_clip: float = 1.0  # largest norm of all gradients together
+    separate_documents: bool = False  # no token sees another document that shares its row
     dtype: Literal["float32", "bfloat16"] = "float32"  # what layers compute in; weights are always float32
     seed: int = 0
     evaluations: int = 10  # partial evaluations during the run, evenly spread
@@ -55,6 +57,8 @@ class TrainingConfig:
             raise ConfigError(f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}")
         if self.batch_size % self.accumulation:
             raise ConfigError(f"accumulation must divide batch_size ({self.batch_size}); {self.accumulation} does not")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
 

@@ -17,7 +17,8 @@ import torch
 
 from fastlm.errors import DataError
 from fastlm.model.checkpoint import LanguageModel
-from fastlm.training.data import TokenSplit
+from fastlm.model.transformer import Transformer
+from fastlm.training.data import TokenSplit, document_offsets
 
 BATCH_SIZE = 16  # windows at once
 
@@ -64,15 +65,19 @@ def evaluate(
     eos_token_id: int,
     *,
     max_windows: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    context_length: int | None = None,
+    separate_documents: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Scores the whole split, or `max_windows` evenly spaced windows of it; None when `should_stop` said so.
 
+    Windows are of `context_length` tokens, by default the model's. With `separate_documents`, for a transformer, no
+    token sees the documents before its own.
+
     Raises:
         DataError: the split has no token to score.
     """
-    every = windows(len(split), model.config.context_length)
+    every = windows(len(split), context_length or model.config.context_length)
     chosen = every
     if max_windows is not None and max_windows < len(every):
         chosen = [every[i] for i in np.linspace(0, len(every) - 1, max_windows).round().astype(int)]
@@ -88,8 +93,12 @@ def evaluate(
         for row, window in enumerate(batch):
             targets[row, : window.score_from - window.start] = -100
         targets[targets == eos_token_id] = -100
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = model.loss(inputs.to(device), targets.to(device), reduction="none")
+        inputs, targets = inputs.to(device), targets.to(device)
+        if separate_documents and isinstance(model, Transformer):
+            offsets = document_offsets(inputs, eos_token_id)
+            losses = model.loss(inputs, targets, reduction="none", cu_seqlens=offsets)
+        else:
+            losses = model.loss(inputs, targets, reduction="none")
         nats += losses.double().sum().item()
         count += int((targets != -100).sum())
     model.train(was_training)

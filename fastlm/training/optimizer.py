@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
+"""Muon or AdamW for the matrices of the blocks, AdamW for embeddings, heads, norms and biases."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from fastlm.training.config import TrainingConfig
 
 
 class Optimizer:
-    """Both optimizers as one, with their state as named tensors.
+    """Both optimizers as one, over the parameters that require a gradient, with their state as named tensors.
 
     Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. AdamW: Loshchilov and Hutter 2019.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and _in_block(name)]
-        others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and _in_block(name))]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
+        matrices = [p for name, p in trained.items() if p.ndim == 2 and _in_block(name)]
+        others = [p for name, p in trained.items() if not (p.ndim == 2 and _in_block(name))]
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
-        if matrices:
+        if matrices and config.optimizer == "muon":
             muon = torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
             self._optimizers.append((muon, config.learning_rate))
-        rate = config.embedding_learning_rate
-        adamw = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        elif matrices:
+            self._add_adamw(matrices, config.learning_rate, config.weight_decay)
+        if others:
+            self._add_adamw(others, config.embedding_learning_rate, 0.0)
+
+    def _add_adamw(self, parameters: list[nn.Parameter], rate: float, weight_decay: float) -> None:
+        adamw = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
         self._optimizers.append((adamw, rate))
 
     def step(self, scale: float) -> None:

@@ -1,29 +1,41 @@
-"""From text files to a prepared directory: tokenizer, token shards of both splits, manifest.
+"""From source files to a prepared directory: tokenizer, token shards of both splits, manifest.
 
-Validation is the last tenth of each file by bytes: from the line that begins at or before 90 % of it (from the
-character there, when no line begins in the last 64 KiB before). The tokenizer is trained on the training part alone.
+Each source is encoded by itself, in a process of its own where several workers are asked for, into shards and a record
+of them in `<out>.partial`. What was interrupted goes on with the sources that have no record yet. At the end the shards
+are numbered in the order of the sources, so the result does not depend on the workers. The tokenizer is trained on the
+training part alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlm._files import write_atomic
-from fastlm.errors import ConfigError, DataError
+from fastlm.errors import ConfigError, DataError, FastlmError
 from fastlm.tokenizer import BpeTrainer, Tokenizer
 from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset, sha256_file
+from fastlm.training.documents import Source, open_source
 
-CHUNK_BYTES = 4 << 20  # text encoded at once; bounds memory
-LINE_SEARCH_BYTES = 64 << 10  # how far back from 90 % a line start is looked for
 SHARD_TOKENS = 1 << 27
 EOS_TOKEN = "<|endoftext|>"
+SPLITS = ("train", "valid")
+
+OnProgress = Callable[[str, int, int], None]
 
 
 def default_vocab_size(train_bytes: int) -> int:
@@ -41,176 +53,302 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     valid_fraction: float = 0.1,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    column: str = "text",
+    by_line: bool = False,
+    deduplicate: bool = False,
+    workers: int = 1,
+    on_progress: OnProgress | None = None,
 ) -> TokenDataset:
     """Writes a prepared directory, whole or not at all, and opens it.
 
     Args:
-        files: UTF-8 text files; each is one document.
-        out: the directory to write; must not exist, or be empty.
+        files: UTF-8 text, each a document; or JSON lines, CSV, TSV and Parquet, each row a document. Also .gz and .zst.
+        out: the directory to write; must not exist, or be empty. `.<out>.partial` beside it holds what is done; the
+            same call goes on from there after an interruption.
         tokenizer: encodes the text; by default one is trained on the training part.
         vocab_size: of the trained tokenizer; by default chosen by the amount of text.
-        valid_fraction: share of each file, at its end, that is kept for validation.
-        on_progress: called with (stage, bytes done, bytes in all).
+        valid_fraction: share that is kept for validation: of each text at its end, of rows by a hash of their text.
+        column: of rows, the one that holds the text.
+        by_line: each line of a text file is a document.
+        deduplicate: leaves out documents whose text has occurred before, spaces around it aside.
+        workers: processes that encode, each a source at a time. The result does not depend on it.
+        on_progress: called with (stage, bytes done, bytes in all); of compressed files, bytes of the file.
 
     Raises:
-        DataError: a file is missing, empty, too short to split, or not UTF-8 (with the byte offset); `out` is taken.
+        DataError: a file is missing, empty, too short to split, damaged or not UTF-8 (with the place); `out` is taken.
         ConfigError: an option makes no sense.
     """
     out = Path(out)
-    paths = [Path(f) for f in files]
-    if not paths:
+    if not files:
         raise DataError("no text file was given")
     if tokenizer is not None and vocab_size is not None:
         raise ConfigError("give a tokenizer or a vocabulary size, not both")
     if not 0.0 < valid_fraction < 1.0:
         raise ConfigError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
+    if workers < 1:
+        raise ConfigError(f"workers must be 1 or more, not {workers}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already; give another directory")
-    cuts = [_split_point(path, valid_fraction) for path in paths]
-    sizes = [path.stat().st_size for path in paths]
-    if tokenizer is None:
-        trainer = BpeTrainer(
-            default_vocab_size(sum(cuts)) if vocab_size is None else vocab_size, special_tokens=[EOS_TOKEN]
-        )
-        texts = (text for path, cut in zip(paths, cuts, strict=True) for text in read_text(path, 0, cut))
-        tokenizer = trainer.train_from_iterator(texts)
-    if tokenizer.eos_token_id is None:
+    sources = [open_source(Path(f), column=column, by_line=by_line, valid_fraction=valid_fraction) for f in files]
+    if tokenizer is not None and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer has no end-of-text token; it needs a special token such as {EOS_TOKEN}")
+    trainer = None if tokenizer is not None else _trainer(sources, vocab_size)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        tokenizer.save(temporary / "tokenizer.json")
-        tokenizer = Tokenizer.from_file(temporary / "tokenizer.json")  # what will be read: same ids, same fingerprint
-        assert tokenizer.eos_token_id is not None
-        writer = _Writer(temporary, tokenizer, sum(sizes), on_progress)
-        splits = {
-            "train": writer.write("train", [(p, 0, cut) for p, cut in zip(paths, cuts, strict=True)]),
-            "valid": writer.write("valid", [(p, cut, n) for p, cut, n in zip(paths, cuts, sizes, strict=True)]),
-        }
-        manifest = Manifest(
-            version=FORMAT_VERSION,
-            dtype=writer.dtype.name,
-            tokenizer_fingerprint=tokenizer.fingerprint(),
-            eos_token_id=tokenizer.eos_token_id,
-            sources=[
-                {"file": str(p), "bytes": n, "sha256": sha256_file(p), "valid_from": cut}
-                for p, cut, n in zip(paths, cuts, sizes, strict=True)
-            ],
-            splits=splits,
-        )
-        write_atomic(temporary / MANIFEST, manifest.to_json())
+    partial_directory = out.with_name(f".{out.name}.partial")
+    with _locked(partial_directory):
+        try:
+            _begin(partial_directory, sources, tokenizer, vocab_size, deduplicate)
+            kept = partial_directory / "tokenizer.json"
+            if not kept.exists():
+                if trainer is not None:
+                    tokenizer = trainer.train_from_iterator(_training_texts(sources))
+                assert tokenizer is not None
+                tokenizer.save(kept)
+            jobs = [_Job(i, source, partial_directory, SHARD_TOKENS) for i, source in enumerate(sources)]
+            duplicates = _mark_duplicates(jobs, workers, on_progress) if deduplicate else 0
+            _encode_all(jobs, workers, on_progress)
+            _assemble(partial_directory, jobs, duplicates)
+        except FastlmError:
+            shutil.rmtree(partial_directory, ignore_errors=True)
+            raise
         if out.exists():
             out.rmdir()
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.replace(partial_directory, out)
+    (out / "lock").unlink(missing_ok=True)
     return TokenDataset(out)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """The encoding of one source."""
+
+    index: int
+    source: Source
+    directory: Path
+    shard_tokens: int
+
+    @property
+    def record(self) -> Path:
+        return self.directory / f"part-{self.index:05d}.json"
+
+    @property
+    def hashes(self) -> Path:
+        return self.directory / f"part-{self.index:05d}-hashes.npy"
+
+    @property
+    def repeated(self) -> Path:
+        """Numbers of the documents to leave out."""
+        return self.directory / f"part-{self.index:05d}-repeated.npy"
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a directory that is being prepared; a second process that prepares the same is refused."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"another process is preparing {directory}; wait for it, or give another --out") from None
+        yield
+
+
+def _begin(
+    directory: Path, sources: list[Source], tokenizer: Tokenizer | None, vocab_size: int | None, deduplicate: bool
+) -> None:
+    """Keeps what an interrupted call with the same sources and options has done; else starts anew."""
+    facts = [
+        FORMAT_VERSION, SHARD_TOKENS, vocab_size, deduplicate, tokenizer and tokenizer.fingerprint(),
+        [[str(s.path.resolve()), s.path.stat().st_mtime_ns, s.path.stat().st_size, repr(s)] for s in sources],
+    ]  # fmt: skip
+    plan = json.dumps(facts)
+    path = directory / "plan.json"
+    if path.exists() and path.read_text() == plan:
+        return
+    for old in directory.iterdir():
+        if old.name != "lock":
+            old.unlink()
+    write_atomic(path, plan)
+
+
+def _trainer(sources: list[Source], vocab_size: int | None) -> BpeTrainer:
+    if vocab_size is None:
+        sizes = [s.path.stat().st_size if s.cut is None else s.cut for s in sources]
+        vocab_size = default_vocab_size(sum(sizes))
+    return BpeTrainer(vocab_size, special_tokens=[EOS_TOKEN])
+
+
+def _training_texts(sources: list[Source]) -> Iterator[str]:
+    for source in sources:
+        for split, pieces in source.documents():
+            if split == "train":
+                yield from pieces
+
+
+def _encode_all(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> None:
+    todo = [job for job in jobs if not job.record.exists()]
+    tokenizer = Tokenizer.from_file(jobs[0].directory / "tokenizer.json")
+    _each("encoding", todo, partial(_encode, tokenizer), workers, on_progress)
+
+
+def _each(
+    stage: str, jobs: list[_Job], work: Callable[[_Job], object], workers: int, on_progress: OnProgress | None
+) -> None:
+    """Does `work` for every job, in this process or in several. Ctrl-C lets those that run finish."""
+    total = sum(job.source.path.stat().st_size for job in jobs)
+    done = 0
+
+    def count(job: _Job) -> None:
+        nonlocal done
+        done += job.source.path.stat().st_size
+        if on_progress is not None:
+            on_progress(stage, done, total)
+
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            work(job)
+            count(job)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _ignore_interrupts)
+    try:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            future.result()
+            count(futures[future])
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed, perhaps for want of memory; the same command goes on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _mark_duplicates(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> int:
+    """Writes which documents of each source have occurred before; returns how many."""
+    _each("comparing", [job for job in jobs if not job.hashes.exists()], _hash, workers, on_progress)
+    seen: set[bytes] = set()
+    count = 0
+    for job in jobs:
+        repeated = []
+        for number, row in enumerate(np.load(job.hashes, allow_pickle=False)):
+            digest = row.tobytes()
+            if digest in seen:
+                repeated.append(number)
+            seen.add(digest)
+        np.save(job.repeated, np.array(repeated, dtype=np.int64))
+        count += len(repeated)
+    return count
+
+
+def _hash(job: _Job) -> None:
+    digests = bytearray()
+    for _, pieces in job.source.documents():
+        text = "".join(pieces).strip()
+        digests += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    temporary = job.hashes.with_suffix(".tmp.npy")
+    np.save(temporary, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16))
+    os.replace(temporary, job.hashes)
+
+
+def _encode(tokenizer: Tokenizer, job: _Job) -> None:
+    repeated = set(np.load(job.repeated, allow_pickle=False).tolist()) if job.repeated.exists() else set()
+    writers = {split: _Writer(job, split, tokenizer) for split in SPLITS}
+    for number, (split, pieces) in enumerate(job.source.documents()):
+        if number not in repeated:
+            writers[split].add(pieces)
+    splits = {split: writer.close() for split, writer in writers.items()}
+    write_atomic(job.record, json.dumps({"sha256": sha256_file(job.source.path), "splits": splits}))
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
 class _Writer:
-    """Encodes ranges of files into the shards of one split after the other."""
+    """Encodes the documents of one split of a source into shards."""
 
-    def __init__(
-        self,
-        directory: Path,
-        tokenizer: Tokenizer,
-        total_bytes: int,
-        on_progress: Callable[[str, int, int], None] | None,
-    ) -> None:
-        self.directory = directory
+    def __init__(self, job: _Job, split: str, tokenizer: Tokenizer) -> None:
+        self.job = job
+        self.split = split
         self.tokenizer = tokenizer
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        self.total_bytes = total_bytes
-        self.done_bytes = 0
-        self.on_progress = on_progress
+        self.dtype = dtype_of(tokenizer)
+        self.shards: list[dict[str, Any]] = []
+        self.buffer: list[np.ndarray] = []
+        self.buffered = self.num_bytes = self.documents = 0
 
-    def write(self, name: str, ranges: list[tuple[Path, int, int]]) -> dict[str, Any]:
-        shards: list[dict[str, Any]] = []
-        buffer: list[np.ndarray] = []
-        buffered = 0
-        num_bytes = 0
+    def add(self, pieces: Iterator[str]) -> None:
+        self.documents += 1
+        self.buffer.append(np.array([self.tokenizer.eos_token_id], dtype=self.dtype))
+        for text in pieces:
+            ids = self.tokenizer.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+            self.buffer.append(ids)
+            self.buffered += len(ids)
+            self.num_bytes += len(text.encode())
+            if self.buffered >= self.job.shard_tokens:
+                self._flush()
 
-        def flush() -> None:
-            nonlocal buffer, buffered
-            ids = np.concatenate(buffer)
-            file = f"{name}-{len(shards):05d}.bin"
-            data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
-            write_atomic(self.directory / file, data)
-            shards.append({"file": file, "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
-            buffer, buffered = [], 0
+    def close(self) -> dict[str, Any]:
+        if self.buffer:
+            self._flush()
+        tokens = sum(shard["tokens"] for shard in self.shards)
+        return {"bytes": self.num_bytes, "tokens": tokens, "documents": self.documents, "shards": self.shards}
 
-        for path, start, stop in ranges:
-            buffer.append(np.array([self.tokenizer.eos_token_id], dtype=self.dtype))
-            for text in read_text(path, start, stop):
-                ids = self.tokenizer.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
-                buffer.append(ids)
-                buffered += len(ids)
-                num_bytes += len(text.encode())
-                self.done_bytes += len(text.encode())
-                if self.on_progress is not None:
-                    self.on_progress("encoding", self.done_bytes, self.total_bytes)
-                if buffered >= SHARD_TOKENS:
-                    flush()
-        if buffer:
-            flush()
-        return {"bytes": num_bytes, "tokens": sum(s["tokens"] for s in shards), "shards": shards}
+    def _flush(self) -> None:
+        ids = np.concatenate(self.buffer)
+        file = f"part-{self.job.index:05d}-{self.split}-{len(self.shards):05d}.bin"
+        data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
+        write_atomic(self.job.directory / file, data)
+        self.shards.append({"file": file, "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()})
+        self.buffer, self.buffered = [], 0
 
 
-def read_text(path: Path, start: int, stop: int) -> Iterator[str]:
-    """The bytes from `start` to `stop` as text, in pieces that end at a line end, or a character's where a line is
-    long.
-
-    Raises:
-        DataError: the bytes are not UTF-8; names the offset in the file.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        position, rest = start, b""
-        while position + len(rest) < stop or rest:
-            new = file.read(min(CHUNK_BYTES, stop - position - len(rest)))
-            chunk = rest + new
-            last = position + len(chunk) >= stop or not new
-            end = len(chunk) if last else (chunk.rfind(b"\n") + 1 or _character_end(chunk))
-            try:
-                yield chunk[:end].decode()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} is not UTF-8: byte {chunk[error.start]:#04x} at offset {position + error.start}; "
-                    "convert it, for example by `iconv -t UTF-8`"
-                ) from None
-            position, rest = position + end, chunk[end:]
-            if last:
-                return
-
-
-def _character_end(chunk: bytes) -> int:
-    """The end of the last whole character, looking at no more than the four bytes that one can have."""
-    for back in range(1, min(4, len(chunk)) + 1):
-        byte = chunk[-back]
-        if byte & 0xC0 != 0x80:  # not a continuation byte: a character begins here
-            length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(chunk) if length <= back else len(chunk) - back
-    return len(chunk)
-
-
-def _split_point(path: Path, valid_fraction: float) -> int:
-    """The byte at which validation starts. Raises DataError for a missing, empty or too short file."""
-    if not path.is_file():
-        raise DataError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}; give a text file")
-    size = path.stat().st_size
-    if size == 0:
-        raise DataError(f"{path} is empty; give a file with text")
-    target = int(size * (1.0 - valid_fraction))
-    begin = max(0, target - LINE_SEARCH_BYTES)
-    with path.open("rb") as file:
-        file.seek(begin)
-        before = file.read(target - begin)
-    cut = begin + (before.rfind(b"\n") + 1 or _character_end(before))
-    if not 0 < cut < size:
-        raise DataError(f"{path} has {size} bytes: too short to split into training and validation; give more text")
-    return cut
+def _assemble(directory: Path, jobs: list[_Job], duplicates: int) -> None:
+    """Numbers the shards through, writes the manifest, and removes what was only for the way."""
+    records = [json.loads(job.record.read_bytes()) for job in jobs]
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        parts = [record["splits"][split] for record in records]
+        shards = [dict(shard) for part in parts for shard in part["shards"]]
+        counts = {key: sum(part[key] for part in parts) for key in ("bytes", "tokens", "documents")}
+        if not counts["tokens"]:
+            raise DataError(f"no document is left for the {split} split; give more text, or another --valid-fraction")
+        splits[split] = {**counts, "shards": shards}
+    sources = [
+        {
+            "file": str(job.source.path),
+            "bytes": job.source.path.stat().st_size,
+            "sha256": record["sha256"],
+            "valid_from": job.source.cut,
+            "documents": sum(record["splits"][split]["documents"] for split in SPLITS),
+        }
+        for job, record in zip(jobs, records, strict=True)
+    ]
+    renamed: list[tuple[str, str]] = []
+    for split in SPLITS:
+        for number, shard in enumerate(splits[split]["shards"]):
+            renamed.append((shard["file"], f"{split}-{number:05d}.bin"))
+            shard["file"] = renamed[-1][1]
+    assert tokenizer.eos_token_id is not None
+    manifest = Manifest(
+        version=FORMAT_VERSION,
+        dtype=dtype_of(tokenizer).name,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        eos_token_id=tokenizer.eos_token_id,
+        sources=sources,
+        splits=splits,
+        duplicates=duplicates,
+    )
+    for old, new in renamed:
+        if (directory / old).exists():  # an interrupted call may have got this far
+            os.replace(directory / old, directory / new)
+    write_atomic(directory / MANIFEST, manifest.to_json())
+    kept = {MANIFEST, "tokenizer.json", "lock", *(new for _, new in renamed)}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            path.unlink()

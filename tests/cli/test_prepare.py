@@ -24,7 +24,7 @@ def test_text_is_prepared_and_counted(tmp_path: Path, monkeypatch, capfd) -> Non
     assert call(monkeypatch, tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab-size", 280, "--json") == 0
     result = json.loads(capfd.readouterr().out)
     dataset = TokenDataset(tmp_path / "out")
-    assert result["train"] == {"tokens": len(dataset.train), "bytes": dataset.train.num_bytes}
+    assert result["train"] == {"tokens": len(dataset.train), "bytes": dataset.train.num_bytes, "documents": 1}
     assert result["train"]["bytes"] + result["valid"]["bytes"] == len(TEXT.encode())
     assert result["vocab_size"] == dataset.tokenizer.vocab_size
 
@@ -44,3 +44,13 @@ def test_a_directory_that_is_taken_is_one_line(tmp_path: Path, monkeypatch, capf
     assert "exists already; give another directory" in err
     assert len(err.strip().splitlines()) == 1
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == TEXT
+
+
+def test_rows_are_prepared_by_their_column_and_repeated_ones_are_left_out(tmp_path: Path, monkeypatch, capfd) -> None:
+    rows = [{"body": f"문장 {i % 40}"} for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--out", tmp_path / "out", "--vocab-size", 280, "--column", "body", "--deduplicate", "--json"]
+    assert call(monkeypatch, tmp_path / "a.jsonl", *options) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["train"]["documents"] + result["valid"]["documents"] == 40
+    assert result["duplicates"] == 10

@@ -182,3 +182,23 @@ def test_the_disk_filling_up_is_one_line_and_the_text_can_be_trained_on_after(
     assert not list(tmp_path.rglob("*.tmp"))
     assert not os.path.exists(tmp_path / "run" / "run.json")
     assert fastlm(*arguments).returncode == 0
+
+
+def test_several_prepared_directories_are_mixed_by_weight_and_go_on(fastlm, text_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("다른 글의 문장입니다.\n" * 300, encoding="utf-8")
+    assert fastlm("prepare", text_file, "--out", tmp_path / "a", "--vocab-size", 300).returncode == 0
+    tokenizer = tmp_path / "a" / "tokenizer.json"
+    assert fastlm("prepare", other, "--out", tmp_path / "b", "--tokenizer", tokenizer).returncode == 0
+    data = ["--data", tmp_path / "a", "--data", tmp_path / "b"]
+    size = OPTIONS.split()
+    run = fastlm("train", *data, "--weights", "3,1", "--out", tmp_path / "run", "--steps", 6, *size, "--json")
+    assert run.returncode == 0, run.stderr
+    assert "--weights '3;1'" in error_of(fastlm("train", *data, "--weights", "3;1", "--out", tmp_path / "c"))
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert recorded["weights"] == [3.0, 1.0]
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been interrupted before its end
+    assert fastlm("train", "--out", tmp_path / "run", "--resume").returncode == 0
+    assert fastlm("prepare", other, "--out", tmp_path / "d", "--vocab-size", 280).returncode == 0
+    run = fastlm("train", "--data", tmp_path / "a", "--data", tmp_path / "d", "--out", tmp_path / "e", *size)
+    assert "made with another tokenizer" in error_of(run)

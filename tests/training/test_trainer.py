@@ -12,8 +12,9 @@ from fastlm.errors import ConfigError, DataError, TrainingError
 from fastlm.model import ModelConfig, RNNConfig, load_model
 from fastlm.training import Progress, TokenDataset, TrainingConfig, evaluate, train
 from fastlm.training.checkpoint import TrainingState
+from fastlm.training.clock import Clock
 from fastlm.training.log import read_log
-from fastlm.training.trainer import MAX_FINAL_WINDOWS, PARTIAL_WINDOWS, _Clock
+from fastlm.training.trainer import MAX_FINAL_WINDOWS, PARTIAL_WINDOWS
 
 CONFIG = TrainingConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_seconds=1000)
 
@@ -149,13 +150,17 @@ def test_a_model_for_another_vocabulary_is_refused(dataset, tiny, tmp_path: Path
 
 
 def test_a_slow_evaluation_of_much_text_leaves_most_of_the_time_to_training() -> None:
-    clock = _Clock(TrainingConfig(minutes=1), TrainingState(), time.monotonic(), windows_in_all=10_000)
+    def clock_of(config: TrainingConfig, windows: int) -> Clock:
+        sizes = {"validation_size": windows, "partial_size": PARTIAL_WINDOWS, "max_final_size": MAX_FINAL_WINDOWS}
+        return Clock(config, TrainingState(), time.monotonic(), **sizes)
+
+    clock = clock_of(TrainingConfig(minutes=1), 10_000)
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.1)  # at this pace all of the text would take 1,000 s
-    assert clock.final_windows() in (89, 90)
+    assert clock.final_size() in (89, 90)
     assert clock.final_seconds < 12
     assert not clock.decay_is_due()
     clock.evaluated(seconds=PARTIAL_WINDOWS * 0.0001)  # once warm, it all fits
-    assert clock.final_windows() == MAX_FINAL_WINDOWS
-    by_steps = _Clock(TrainingConfig(steps=5), TrainingState(), time.monotonic(), windows_in_all=300)
+    assert clock.final_size() == MAX_FINAL_WINDOWS
+    by_steps = clock_of(TrainingConfig(steps=5), 300)
     by_steps.evaluated(seconds=1e6)
-    assert by_steps.final_windows() == 300
+    assert by_steps.final_size() == 300

@@ -1,0 +1,180 @@
+"""The training loop.
+
+A step depends on the weights, the optimizer's state, torch's random state and the step's number, and all of them are in
+a checkpoint: a run that was killed and continued gives the same losses, to the last bit, as one that was not (on the
+same machine, with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastlm.errors import TrainingError
+from fastlm.training.checkpoint import (
+    TrainingState,
+    checkpoint_directories,
+    load_checkpoint,
+    remove_leftovers,
+    save_best,
+    save_checkpoint,
+)
+from fastlm.training.clock import Clock
+from fastlm.training.config import TrainingConfig
+from fastlm.training.log import TrainingLog
+from fastlm.training.objective import Objective, Score
+from fastlm.training.optimizer import Optimizer
+from fastlm.training.schedule import learning_rate_scale, total_steps_when_decay_begins
+
+Stage = Literal["training", "evaluating", "final evaluation"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Given to `on_progress` after each step, each evaluation and each checkpoint."""
+
+    stage: Stage
+    step: int
+    total_steps: int | None  # None until a run limited by time has fixed it
+    fraction: float  # of the whole run, 0 to 1
+    loss: float  # of the last step, nats a token or an example
+    tokens_per_second: float
+    seconds_left: float | None
+    valid: Mapping[str, Any]  # metrics of the last evaluation; empty before the first
+    skipped_steps: int
+
+
+def run_loop(
+    objective: Objective[Any],
+    config: TrainingConfig,
+    out: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    started_at: float | None = None,
+) -> tuple[TrainingState, Score | None]:
+    """Trains until the steps or the time are used up; goes on from the last checkpoint in `out`, if there is one.
+
+    Returns:
+        The state at the end and the final score, which is None when `should_stop` said so or nothing is to be scored.
+
+    Raises:
+        CheckpointError: the checkpoint to go on from is damaged, or one cannot be written.
+        TrainingError: too many steps in a row had a loss or gradient that is not finite.
+    """
+    should_stop = should_stop or (lambda: False)
+    report = on_progress or (lambda progress: None)
+    model = objective.model.train()
+    optimizer = Optimizer(model, config)
+    state = TrainingState()
+    remove_leftovers(out)
+    checkpoints = checkpoint_directories(out)
+    if checkpoints:
+        state = load_checkpoint(checkpoints[-1], objective, optimizer)
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    autocast = torch.autocast(parameters[0].device.type, dtype=dtype, enabled=dtype != torch.float32)
+    log = TrainingLog(out / "log.jsonl", keep_until_step=state.step)
+    clock = Clock(
+        config,
+        state,
+        time.monotonic() if started_at is None else started_at,
+        validation_size=objective.validation_size,
+        partial_size=objective.partial_size,
+        max_final_size=objective.max_final_size,
+    )
+    valid: Mapping[str, Any] = {}
+    loss_value = math.nan
+
+    def progress(stage: Stage) -> Progress:
+        return Progress(
+            stage=stage,
+            step=state.step,
+            total_steps=state.total_steps,
+            fraction=clock.fraction(),
+            loss=loss_value,
+            tokens_per_second=clock.steps_per_second * objective.tokens_per_step,
+            seconds_left=clock.seconds_left(),
+            valid=valid,
+            skipped_steps=state.skipped_steps,
+        )
+
+    def evaluate(size: int, stop: Callable[[], bool] | None = None) -> Score | None:
+        nonlocal valid
+        model.eval()
+        with autocast:
+            score = objective.evaluate(size, stop)
+        model.train()
+        if score is not None:
+            valid = score.metrics
+            log.write(step=state.step, **{f"valid_{k}": v for k, v in score.metrics.items()}, partial=score.partial)
+        return score
+
+    try:
+        while state.total_steps is None or state.step < state.total_steps:
+            if state.total_steps is None and clock.decay_is_due():
+                state.total_steps = total_steps_when_decay_begins(state.step, config.decay_fraction)
+                continue
+            step = state.step
+            loss_value = 0.0
+            for part in objective.parts(step):
+                with autocast:
+                    loss = objective.loss(part)
+                loss.backward()
+                loss_value += loss.item()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip).item()
+
+            scale = learning_rate_scale(step, state.total_steps, config.warmup_steps, config.decay_fraction)
+            if math.isfinite(loss_value) and math.isfinite(gradient_norm):
+                optimizer.step(scale)
+                state.skipped_in_a_row = 0
+            else:
+                optimizer.zero_grad()
+                state.skipped_steps += 1
+                state.skipped_in_a_row += 1
+            state.step += 1
+            clock.step_done()
+            log.write(
+                step=state.step,
+                loss=loss_value,
+                gradient_norm=gradient_norm,
+                scale=scale,
+                seconds=round(state.seconds, 3),
+            )
+            if state.skipped_in_a_row >= config.max_skipped_steps:
+                raise TrainingError(
+                    f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, "
+                    f"up to step {state.step}; "
+                    "use a lower --lr, or check the data"
+                )
+            report(progress("training"))
+
+            if should_stop():
+                save_checkpoint(out, objective, optimizer, state)
+                return state, None
+            if objective.validation_size and clock.evaluation_is_due():
+                state.evaluations += 1
+                begun = time.monotonic()
+                score = evaluate(objective.partial_size)
+                assert score is not None
+                clock.evaluated(time.monotonic() - begun)
+                if state.best_score is None or score.value < state.best_score:
+                    state.best_score = score.value
+                    save_best(out, objective)
+                report(progress("evaluating"))
+            if clock.checkpoint_is_due():
+                save_checkpoint(out, objective, optimizer, state)
+                clock.checkpoint_done()
+
+        save_checkpoint(out, objective, optimizer, state)
+        report(progress("final evaluation"))
+        return state, evaluate(clock.final_size(), should_stop) if objective.validation_size else None
+    finally:
+        log.close()
