@@ -76,7 +76,7 @@ def command(
         raise ConfigError(f"the server needs {error.name}; install it with: pip install 'fastlm[serve]'") from None
     from fastlm.inference import LLM
     from fastlm.serve.app import create_app
-    from fastlm.serve.backend import Backend, model_name
+    from fastlm.serve.backend import Backend, model_name, warm_up
     from fastlm.serve.limits import MEBIBYTE, Limits
     from fastlm.serve.vocabularies import check_names
 
@@ -93,6 +93,7 @@ def command(
     check_names(vocabulary or ())
     bound = listen(host, port)
     llm = LLM(model, memory=memory_in_bytes(memory), max_sequences=max_sequences, num_drafts=speculate)
+    warm_up(llm)
     path = Path(model)
     backend = Backend(llm, name or model_name(model), limits, run=path if (path / "log.jsonl").is_file() else None)
     app = create_app(backend, api_key=api_key, cors_origins=cors or (), vocabularies=vocabulary or ())
