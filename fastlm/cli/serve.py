@@ -36,6 +36,7 @@ def command(
     name: Annotated[
         str | None, typer.Option("--name", help="What clients call the model. [default: as --model]")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda, or cuda:1 for the second GPU.")] = "cpu",
     memory: MemoryOption = None,
     max_queue: Annotated[
         int, typer.Option("--max-queue", min=0, help="Texts that may wait; more are refused, 429.")
@@ -92,7 +93,12 @@ def command(
     )
     check_names(vocabulary or ())
     bound = listen(host, port)
-    llm = LLM(model, memory=memory_in_bytes(memory), max_sequences=max_sequences, num_drafts=speculate)
+    options: dict[str, Any] = {
+        "memory": memory_in_bytes(memory),
+        "max_sequences": max_sequences,
+        "num_drafts": speculate,
+    }
+    llm = LLM(model, device=_device(device), **options)
     warm_up(llm)
     path = Path(model)
     backend = Backend(llm, name or model_name(model), limits, run=path if (path / "log.jsonl").is_file() else None)
@@ -103,3 +109,15 @@ def command(
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         status_console.print("anyone who reaches this address may use it: give --api-key", style="yellow")
     serve(app, backend, bound)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device is cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no {name} here: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return name

@@ -140,7 +140,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     Args:
         arguments: "model" (as `fastlm serve --model`), and, if wanted, "replicas" (2), "name", "api_key", "limits" (a
-            mapping, see `Limits`), "engine" (a mapping of `Engine`'s options), "num_cpus" and "num_gpus" of a replica.
+            mapping, see `Limits`), "engine" (a mapping of `LLM`'s options, such as "device"), and "num_cpus" and
+            "num_gpus" of a replica.
     """
     model = str(arguments["model"])
     limits = Limits(**(arguments.get("limits") or {}))
