@@ -93,12 +93,13 @@ def command(
     )
     check_names(vocabulary or ())
     bound = listen(host, port)
-    options: dict[str, Any] = {
-        "memory": memory_in_bytes(memory),
-        "max_sequences": max_sequences,
-        "num_drafts": speculate,
-    }
-    llm = LLM(model, device=_device(device), **options)
+    llm = LLM(
+        model,
+        device=_device(device),
+        memory=memory_in_bytes(memory),
+        max_sequences=max_sequences,
+        num_drafts=speculate,
+    )
     warm_up(llm)
     path = Path(model)
     backend = Backend(llm, name or model_name(model), limits, run=path if (path / "log.jsonl").is_file() else None)
