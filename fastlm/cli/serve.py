@@ -70,6 +70,9 @@ def command(
     """
     if api_key is not None and (not api_key.strip() or not api_key.isascii()):
         raise ConfigError("the API key must be of ASCII characters, and not empty")
+    # Threads of matrix products that spin while they wait take the processor from the thread that serves clients: with
+    # another process beside them, steps took ten times as long. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop(KEY_VARIABLE, None)  # what the server starts need not know it
     try:
         from fastlm.serve.server import listen, serve

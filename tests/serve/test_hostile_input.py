@@ -270,3 +270,25 @@ def test_a_reader_that_does_not_read_is_cut_off(hasty: Running) -> None:
         )
         wait_for(lambda: hasty.backend.admitted == 100, 5)
         hasty.wait_until_idle(10)
+
+
+def test_a_defect_is_a_500_that_tells_nothing_of_it_and_is_logged(server: Running, monkeypatch, caplog) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret detail")
+
+    monkeypatch.setattr(server.llm, "check", fail)
+    error = refused(http.post(f"{server.url}/v1/completions", json={"prompt": "a"}), 500)
+    assert error["type"] == "server_error"
+    assert "secret" not in error["message"]
+    assert [record for record in caplog.records if "a secret detail" in str(record.exc_info)]
+    monkeypatch.undo()
+
+
+def test_a_failing_step_ends_what_was_in_it_and_nothing_later(server: Running, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(server.llm._engine, "step", fail)
+    error = refused(http.post(f"{server.url}/v1/completions", json={"prompt": "a"}), 500)
+    assert "out of luck" in error["message"]
+    monkeypatch.undo()
