@@ -248,7 +248,11 @@ def test_a_kept_connection_has_the_same_time_for_its_next_headers(hasty: Running
         assert b"HTTP/1.1 408" in until_closed(connection)
 
 
-def test_an_answer_that_takes_too_long_is_ended_and_frees_its_blocks(hasty: Running) -> None:
+def test_an_answer_that_takes_too_long_is_ended_and_frees_its_blocks(hasty: Running, monkeypatch) -> None:
+    step = hasty.llm._engine.step
+    monkeypatch.setattr(
+        hasty.llm._engine, "step", lambda: (time.sleep(0.005), step())[1]
+    )  # as if the model were larger
     asked = {"prompt": "a", "max_tokens": 700, "ignore_eos": True, "n": 40}
     refused(http.post(f"{hasty.url}/v1/completions", json=asked, timeout=30), 504, "1 s")
     hasty.wait_until_idle()
