@@ -23,10 +23,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,8 @@ async def _client(port: int, ask: Ask, stream: bool) -> Answer:
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     body = json.dumps(ask.body(stream=stream)).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"  # noqa: E501
-    writer.write(head.encode() + body)
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
+    writer.write("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     status = await reader.readline()
     if b" 200 " not in status:
         raise RuntimeError(f"the server on port {port} answered {status!r}")
@@ -237,9 +236,9 @@ def both(path: str) -> Iterator[tuple[Server, Server]]:
         yield made[0], made[1]
 
 
-def measured(load: Callable[[], list[Answer]]) -> dict[str, float]:
+def measured(server: Server, asked: list[Ask], *, stream: bool) -> dict[str, float]:
     began = time.perf_counter()
-    answers = load()
+    answers = server.load(asked, stream=stream)
     seconds = time.perf_counter() - began
     found = {"tokens_per_second": sum(answer.tokens for answer in answers) / seconds}
     firsts = [answer.times[0] for answer in answers if answer.times]
@@ -273,7 +272,7 @@ def main() -> None:
             runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
             for _ in range(options.rounds):
                 for side, server in sides.items():
-                    runs[side].append(measured(partial(server.load, asked, stream=stream)))
+                    runs[side].append(measured(server, asked, stream=stream))
             report[name] = {
                 side: {key: statistics.median(run[key] for run in its) for key in its[0]} for side, its in runs.items()
             }

@@ -36,6 +36,7 @@ def command(
     name: Annotated[
         str | None, typer.Option("--name", help="What clients call the model. [default: as --model]")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda, or cuda:1 for the second GPU.")] = "cpu",
     memory: MemoryOption = None,
     max_queue: Annotated[
         int, typer.Option("--max-queue", min=0, help="Texts that may wait; more are refused, 429.")
@@ -69,6 +70,9 @@ def command(
     """
     if api_key is not None and (not api_key.strip() or not api_key.isascii()):
         raise ConfigError("the API key must be of ASCII characters, and not empty")
+    # Threads of matrix products that spin while they wait take the processor from the thread that serves clients: with
+    # another process beside them, steps took ten times as long. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop(KEY_VARIABLE, None)  # what the server starts need not know it
     try:
         from fastlm.serve.server import listen, serve
@@ -76,7 +80,7 @@ def command(
         raise ConfigError(f"the server needs {error.name}; install it with: pip install 'fastlm[serve]'") from None
     from fastlm.inference import LLM
     from fastlm.serve.app import create_app
-    from fastlm.serve.backend import Backend, model_name
+    from fastlm.serve.backend import Backend, model_name, warm_up
     from fastlm.serve.limits import MEBIBYTE, Limits
     from fastlm.serve.vocabularies import check_names
 
@@ -92,7 +96,14 @@ def command(
     )
     check_names(vocabulary or ())
     bound = listen(host, port)
-    llm = LLM(model, memory=memory_in_bytes(memory), max_sequences=max_sequences, num_drafts=speculate)
+    llm = LLM(
+        model,
+        device=_device(device),
+        memory=memory_in_bytes(memory),
+        max_sequences=max_sequences,
+        num_drafts=speculate,
+    )
+    warm_up(llm)
     path = Path(model)
     backend = Backend(llm, name or model_name(model), limits, run=path if (path / "log.jsonl").is_file() else None)
     app = create_app(backend, api_key=api_key, cors_origins=cors or (), vocabularies=vocabulary or ())
@@ -102,3 +113,15 @@ def command(
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         status_console.print("anyone who reaches this address may use it: give --api-key", style="yellow")
     serve(app, backend, bound)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device is cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no {name} here: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return name

@@ -53,12 +53,20 @@ class LLM:
     Args:
         model: what `fastlm.model.load` takes, such as a name, a directory or a GGUF file; or a model with its
             `tokenizer`.
+        device: where a model is loaded to; one that is given as an object stays where it is.
         options: those of `Engine`, such as `memory`, `max_batch_tokens`, `num_drafts`.
     """
 
-    def __init__(self, model: LanguageModel | str | Path, tokenizer: Tokenizer | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: LanguageModel | str | Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> None:
         if isinstance(model, str | Path):
-            loaded = load(model)
+            loaded = load(model, device=device)
             if tokenizer is None:
                 if loaded.tokenizer is None:
                     raise CheckpointError(f"{model} holds no tokenizer.json; put it there, or give a tokenizer")

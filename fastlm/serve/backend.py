@@ -6,13 +6,14 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 from torch import Tensor
 
-from fastlm.errors import ConfigError
+from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference import LLM, Piece, SamplingParams
 from fastlm.inference.sequence import Pooling
 from fastlm.serve.errors import ApiError
@@ -22,6 +23,7 @@ from fastlm.serve.metrics import Metrics
 Texts = Sequence[str | list[int]]
 DEFAULT_SECONDS = 1.0  # that a text takes, before any has been served
 LONGEST_RETRY = 60  # s
+WARM_UP_TOKENS = 256
 
 
 class Backend:
@@ -181,6 +183,14 @@ async def _with_first(first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterat
     yield first
     async for piece in pieces:
         yield piece
+
+
+def warm_up(llm: LLM) -> None:
+    """Reads and writes a little, so that the first client does not wait for tables and pages of memory."""
+    longest = WARM_UP_TOKENS if llm.context_length is None else min(WARM_UP_TOKENS, llm.context_length // 2)
+    params = SamplingParams(max_tokens=2, temperature=0)
+    with suppress(CapacityError):  # there is less memory than this
+        llm.generate([[i % llm.vocab_size for i in range(max(1, longest))]], params)
 
 
 def model_name(model: str) -> str:

@@ -95,5 +95,5 @@ def add_handlers(app: FastAPI) -> None:
         told = as_api_error(error)
         return JsonResponse(told.to_json(), told.status, headers=told.headers)
 
-    for kind in (ApiError, RequestValidationError, HTTPException, FastlmError, RecursionError):
+    for kind in (ApiError, RequestValidationError, HTTPException, FastlmError, RecursionError, Exception):
         app.add_exception_handler(kind, handle)

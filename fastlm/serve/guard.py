@@ -51,7 +51,8 @@ class Guard:
         except ApiError as error:
             await answer.refuse(error)
         except Exception as error:
-            await answer.refuse(as_api_error(error))
+            if answer.status is None:  # else the application has answered, and raised it for whoever logs
+                await answer.refuse(as_api_error(error))
         finally:
             self._metrics.in_flight -= 1
             route = scope.get("route")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,12 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> float:
         assert time.monotonic() - began < seconds, f"did not happen within {seconds} s"
         time.sleep(0.005)
     return time.monotonic() - began
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -248,7 +248,11 @@ def test_a_kept_connection_has_the_same_time_for_its_next_headers(hasty: Running
         assert b"HTTP/1.1 408" in until_closed(connection)
 
 
-def test_an_answer_that_takes_too_long_is_ended_and_frees_its_blocks(hasty: Running) -> None:
+def test_an_answer_that_takes_too_long_is_ended_and_frees_its_blocks(hasty: Running, monkeypatch) -> None:
+    step = hasty.llm._engine.step
+    monkeypatch.setattr(
+        hasty.llm._engine, "step", lambda: (time.sleep(0.005), step())[1]
+    )  # as if the model were larger
     asked = {"prompt": "a", "max_tokens": 700, "ignore_eos": True, "n": 40}
     refused(http.post(f"{hasty.url}/v1/completions", json=asked, timeout=30), 504, "1 s")
     hasty.wait_until_idle()
@@ -270,3 +274,25 @@ def test_a_reader_that_does_not_read_is_cut_off(hasty: Running) -> None:
         )
         wait_for(lambda: hasty.backend.admitted == 100, 5)
         hasty.wait_until_idle(10)
+
+
+def test_a_defect_is_a_500_that_tells_nothing_of_it_and_is_logged(server: Running, monkeypatch, caplog) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret detail")
+
+    monkeypatch.setattr(server.llm, "check", fail)
+    error = refused(http.post(f"{server.url}/v1/completions", json={"prompt": "a"}), 500)
+    assert error["type"] == "server_error"
+    assert "secret" not in error["message"]
+    assert [record for record in caplog.records if "a secret detail" in str(record.exc_info)]
+    monkeypatch.undo()
+
+
+def test_a_failing_step_ends_what_was_in_it_and_nothing_later(server: Running, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(server.llm._engine, "step", fail)
+    error = refused(http.post(f"{server.url}/v1/completions", json={"prompt": "a"}), 500)
+    assert "out of luck" in error["message"]
+    monkeypatch.undo()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,7 @@ def test_korean_and_english_have_the_same_words_and_the_choice_is_kept(browser, 
         names = page.eval_on_selector_all(
             "[data-text], [data-label]", "nodes => nodes.map(n => n.dataset.text || n.dataset.label)"
         )
-        source = (Path("fastlm/serve/page/i18n.js")).read_text(encoding="utf-8")
+        source = resources.files("fastlm.serve").joinpath("page", "i18n.js").read_text(encoding="utf-8")
         english, korean = (re.findall(r'^ {4}"([\w-]+)": ', part, re.MULTILINE) for part in source.split("  ko: {"))
         assert english == korean
         assert set(names) <= set(english)
@@ -420,10 +421,12 @@ def test_axe_finds_nothing_serious(browser, site: Running, scheme: str) -> None:
             assert serious == [], f"{view}: {json.dumps([(v['id'], v['nodes'][0]['html']) for v in serious])}"
 
 
-def test_a_server_with_a_key_asks_for_it(browser, site: Running) -> None:
+def test_a_server_with_a_key_asks_for_it_under_its_own_policy(browser, site: Running) -> None:
     with serving(site.llm, name="run", api_key="let-me-in") as locked:
         context = browser.new_context()
         page = context.new_page()
+        told: list[str] = []
+        page.on("console", lambda message: told.append(message.text))
         page.goto(locked.url)
         page.wait_for_selector("#key-form:not([hidden])")
         assert page.locator(".token").count() == 0
@@ -431,7 +434,12 @@ def test_a_server_with_a_key_asks_for_it(browser, site: Running) -> None:
         page.keyboard.press("Enter")
         page.wait_for_selector(".token")
         assert not page.is_visible("#key-form")
+        for view in VIEWS[1:4]:
+            page.click(f"#tab-{view}")
+            page.wait_for_timeout(300)
+        assert page.locator("#map td").count() > 0
         context.close()
+    assert [text for text in told if "Content Security Policy" in text] == []
 
 
 def test_the_page_refuses_scripts_and_frames_of_others(site: Running) -> None:

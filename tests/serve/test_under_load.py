@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from fastlm.cli import app as application
 from fastlm.inference import SamplingParams
 from fastlm.model import save_model
 from fastlm.ops import sample
@@ -303,9 +304,25 @@ def test_the_key_is_in_no_line_of_the_log(saved: Path) -> None:
     assert "secret" not in log
 
 
-def test_a_port_in_use_is_one_line(saved: Path, server: Running) -> None:
-    command = [sys.executable, "-m", "fastlm", "serve", "--model", str(saved), "--port", str(server.port)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    assert f"port {server.port}" in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "{port}"], "port {port}"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "abacus"], "abacus"),
+        (["--api-key", ""], "key"),
+        (["--vocabulary", "nothing.json"], "nothing.json"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_server_that_cannot_begin_says_so_in_one_line(
+    saved: Path, server: Running, options, words, monkeypatch, capfd
+) -> None:
+    filled = [option.format(port=server.port) for option in options]
+    monkeypatch.setattr(sys, "argv", ["fastlm", "serve", "--model", str(saved), "--port", "0", *filled])
+    with pytest.raises(SystemExit) as caught:
+        application.run()
+    assert caught.value.code == 1
+    told = capfd.readouterr().err
+    assert words.format(port=server.port) in told
+    assert len(told.strip().splitlines()) == 1

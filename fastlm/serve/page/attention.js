@@ -5,7 +5,7 @@ import { number, onLanguage, percent, t } from "./i18n.js";
 import { by, debounced, element, labelled, reporting, visible } from "./show.js";
 
 const SAMPLE = "The cat sat on the mat because it was tired.";
-const FAINT = 0.05; // a cell that may be looked at is never quite empty
+const SHADE_POWER = 0.6; // below 1, so that small weights are seen beside one large one; the numbers are exact
 
 let layer, head, update;
 let answer = null;
@@ -45,7 +45,7 @@ function draw() {
   const rows = answer.weights.map((weights, query) => {
     const cells = weights.map((weight, key) => {
       if (key > query) return element("td", { className: "never" });
-      const shown = (FAINT + (1 - FAINT) * weight).toFixed(3);
+      const shown = (weight ** SHADE_POWER).toFixed(3);
       const cell = element("td", { "--w": shown });
       Object.assign(cell.dataset, { query, key, weight });
       return cell;
