@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastlm.errors import ConfigError, DataError, FastlmError
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
     from fastlm.training.data import MixedDataset, TokenDataset
+    from fastlm.training.distributed import World
     from fastlm.training.run_directory import RunDescription
     from fastlm.training.trainer import TrainingResult
 
@@ -38,6 +39,11 @@ class PresetName(str, Enum):
     tiny = "tiny"
     small = "small"
     base = "base"
+
+
+class ParallelName(str, Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Dtype(str, Enum):
@@ -83,6 +89,9 @@ def command(
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", "-v", help="Of the trained tokenizer. [default: by amount of text]")
     ] = None,
+    parallel: Annotated[
+        ParallelName, typer.Option("--parallel", help="Under torchrun: each process has all of the model, or a part.")
+    ] = ParallelName.ddp,
     resume: Annotated[
         bool | None,
         typer.Option(
@@ -97,6 +106,7 @@ def command(
     Example: fastlm train --data book.txt --out run --minutes 3
     """
     started_at = time.monotonic()
+    from fastlm.training.distributed import World
     from fastlm.training.run_directory import is_finished, read_run
 
     if minutes is not None and steps is not None:
@@ -115,29 +125,31 @@ def command(
         "separate_documents": separate_documents,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
-    existing = None if overwrite else read_run(out)
-    if existing is not None:
+    given_names = {"vocab_size": vocab_size, "architecture": architecture and architecture.value}
+    given_names["preset"] = preset and preset.value
+
+    def plan() -> RunDescription:
+        existing = None if overwrite else read_run(out)
+        if existing is None:
+            if resume:
+                raise ConfigError(f"{out} holds no run to go on with; leave out --resume to start one")
+            if not data:
+                raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
+            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
+            return _describe(dataset, given_training, given_model, architecture, preset)
         if resume is False:
             raise ConfigError(f"{out} holds a run; give another --out, or --overwrite to replace it")
         if is_finished(out):
             raise ConfigError(f"{out} holds a finished run; give another --out, or --overwrite to replace it")
-        given: dict[str, Any] = {**given_training, **given_model, "vocab_size": vocab_size}
-        given["architecture"] = architecture and architecture.value
-        given["preset"] = preset and preset.value
-        dataset = _recorded_data(out, existing, data)
-        _check_unchanged(out, existing, given)
-        description = existing
-    elif resume:
-        raise ConfigError(f"{out} holds no run to go on with; leave out --resume to start one")
-    else:
-        if not data:
-            raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
-        with _nothing_left_behind(out):
-            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
-            description = _describe(dataset, given_training, given_model, architecture, preset)
-            _run(out, description, dataset, started_at, as_json)
-        return
-    _run(out, description, dataset, started_at, as_json)
+        _recorded_data(out, existing, data)
+        _check_unchanged(out, existing, {**given_training, **given_model, **given_names})
+        return existing
+
+    world = World()
+    with _nothing_left_behind(out) if world.is_main else nullcontext():
+        description = world.from_main(plan)
+        dataset = _recorded_data(out, description, None)
+        _run(out, description, dataset, started_at, parallel, world, as_json)
 
 
 @contextmanager
@@ -157,7 +169,13 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
 
 
 def _run(
-    out: Path, description: RunDescription, dataset: TokenDataset | MixedDataset, started_at: float, as_json: bool
+    out: Path,
+    description: RunDescription,
+    dataset: TokenDataset | MixedDataset,
+    started_at: float,
+    parallel: ParallelName,
+    world: World,
+    as_json: bool,
 ) -> None:
     from fastlm.training import train
 
@@ -170,7 +188,11 @@ def _run(
             on_progress=display.update,
             should_stop=lambda: stop["asked"],
             started_at=started_at,
+            parallel=parallel.value,
         )
+    world.close()
+    if not world.is_main:
+        raise typer.Exit(130 if result.interrupted else 0)
     if result.interrupted:
         again = shlex.join(["fastlm", "train", "--out", str(out), "--resume"])
         status_console.print(
