@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -42,16 +43,21 @@ def load_peers(name: str, rank_file: Path, tokenizer_json: Path) -> dict[str, En
 
 
 def without_inexact(peers: dict[str, Encode], text: str, case: str) -> dict[str, Encode]:
-    """tiktoken, and those whose ids are its ids on this text. The others are left out and told."""
+    """tiktoken, and those whose ids are its ids on this text and that work on one thread. The others are left out."""
     exact = {"tiktoken": peers["tiktoken"]}
     expected = peers["tiktoken"](text)
     for peer, encode in peers.items():
         if peer in exact:
             continue
+        began, used = time.perf_counter(), time.process_time()
         try:
             ids = encode(text)
         except Exception as error:
             leave_out(f"{peer} is left out of {case}: {type(error).__name__}: {error}")
+            continue
+        took, used = time.perf_counter() - began, time.process_time() - used
+        if took > 0.001 and used > 1.3 * took:
+            leave_out(f"{peer} is left out of {case}: it works on {used / took:.1f} threads")
             continue
         if ids == expected:
             exact[peer] = encode
@@ -63,9 +69,10 @@ def without_inexact(peers: dict[str, Encode], text: str, case: str) -> dict[str,
 
 
 def one_thread() -> None:
-    """Before any peer is loaded: those that use rayon start as many threads as there are processors."""
+    """Before any peer is loaded: several start as many threads as there are processors."""
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
 
 
 def gigatoken_arrays(name: str, rank_file: Path, module: Any) -> Callable[[str], Any]:

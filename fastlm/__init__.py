@@ -16,11 +16,14 @@ _HOME = {
     "SamplingParams": "fastlm.inference",
     "Tokenizer": "fastlm.tokenizer",
     "explain": "fastlm.ops",
+    "patch": "fastlm.compat.patching",
+    "unpatch": "fastlm.compat.patching",
 }
-_MODULES = ("errors", "inference", "model", "nn", "ops", "tokenizer", "training")
+_MODULES = ("compat", "errors", "inference", "model", "nn", "ops", "tokenizer", "training")
 
 if TYPE_CHECKING:
-    from fastlm import errors, inference, model, nn, ops, tokenizer, training
+    from fastlm import compat, errors, inference, model, nn, ops, tokenizer, training
+    from fastlm.compat.patching import patch, unpatch
     from fastlm.inference import LLM, SamplingParams
     from fastlm.ops import explain
     from fastlm.tokenizer import BpeTrainer, Tokenizer
@@ -31,14 +34,17 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "__version__",
+    "compat",
     "errors",
     "explain",
     "inference",
     "model",
     "nn",
     "ops",
+    "patch",
     "tokenizer",
     "training",
+    "unpatch",
 ]
 
 

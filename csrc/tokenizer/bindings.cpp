@@ -214,8 +214,8 @@ private:
     // A list of the int objects that are kept. Where they are and they themselves are fetched ahead: after other work, all
     // of that is in memory and in no cache.
     py::list to_list(const IdBuffer& ids) const {
-        constexpr size_t object_ahead = 16;
-        constexpr size_t pointer_ahead = 32;
+        constexpr size_t object_ahead = 48;
+        constexpr size_t pointer_ahead = 96;
         const size_t count = ids.size();
         py::list list(count);
         PyObject** items = PySequence_Fast_ITEMS(list.ptr());

@@ -1,6 +1,5 @@
 #include "tokenizer/bpe_encode.hpp"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -61,50 +60,83 @@ BpeEncoder::BpeEncoder(const std::vector<std::pair<std::string, uint32_t>>& toke
 
 BpeEncoder::~BpeEncoder() = default;
 
+namespace {
+
+// Pre-tokens that were found together, and where the cache may hold each.
+struct Batch {
+    size_t count;
+    const uint8_t* ends[kEndsCapacity];
+    PieceCache::Key keys[kMostEnds];
+    PieceCache::Entry* homes[kMostEnds];
+};
+
+// Out of line, so that the loop over short pieces keeps its registers.
+[[gnu::noinline]] PieceCache::Key long_key(const LongPieceCache& cache, std::string_view piece) {
+    if (piece.size() > LongPieceCache::kMaxBytes) return PieceCache::long_key(0);
+    const PieceCache::Key key = PieceCache::long_key(hash_bytes(piece.data(), piece.size()));
+    cache.prefetch(key.words[0]);
+    return key;
+}
+
+// Makes the keys of a batch that begins at `begin`, and fetches their homes. `end` is that of the text.
+void fetch_homes(const EncodeState& state, const uint8_t* begin, const uint8_t* end, Batch& batch) {
+    const PieceCache::Table table = state.cache.table();
+    const size_t count = batch.count;
+    for (size_t i = 0; i < count; ++i) {
+        const uint8_t* piece_end = batch.ends[i];
+        const auto size = static_cast<size_t>(piece_end - begin);
+        PieceCache::Key key;
+        if (size <= PieceCache::kMaxBytes) [[likely]] {
+            key = PieceCache::key_of(begin, size, end);
+        } else {
+            key = long_key(state.long_cache, {reinterpret_cast<const char*>(begin), size});
+        }
+        batch.keys[i] = key;
+        batch.homes[i] = table.home(key);
+        __builtin_prefetch(batch.homes[i]);
+        begin = piece_end;
+    }
+}
+
+// Writes the ids of the pre-tokens from `i` on to `out`, up to the first that is not at home, whose number it returns.
+size_t copy_ids(const Batch& batch, size_t i, uint32_t*& out) {
+    uint32_t* next = out;
+    const size_t count = batch.count;
+    for (; i < count; ++i) {
+        const PieceCache::Entry& home = *batch.homes[i];
+        if (!home.holds(batch.keys[i])) [[unlikely]] break;
+        next += PieceCache::copy_ids(home, next);
+    }
+    out = next;
+    return i;
+}
+
+}  // namespace
+
 void BpeEncoder::encode(Pattern pattern, std::string_view text, IdBuffer& ids) const {
     static const Scanner scanner = scanner_from_name("");
-    using Key = PieceCache::Key;
     StateLease lease(*this);
     EncodeState& state = *lease;
-    PieceCache& cache = state.cache;
     const ScanEnds scan = scan_ends(pattern, scanner);
     const auto* p = reinterpret_cast<const uint8_t*>(text.data());
     const uint8_t* end = p + text.size();
-    const uint8_t* ends[kEndsCapacity];
-    Key keys[kMostEnds];
-    PieceCache::Entry* homes[kMostEnds];
+    Batch batch;
     while (p < end) {
-        const size_t count = scan(p, end, ends);
-        const uint8_t* begin = p;
-        for (size_t i = 0; i < count; begin = ends[i++]) {
-            const auto size = static_cast<size_t>(ends[i] - begin);
-            const char* bytes = reinterpret_cast<const char*>(begin);
-            if (size > PieceCache::kMaxBytes) {
-                keys[i] = PieceCache::kUncached;
-            } else if (static_cast<size_t>(end - begin) >= sizeof(Key)) {
-                keys[i] = PieceCache::key_of(bytes, size);
-            } else {
-                keys[i] = PieceCache::key_of_last(bytes, size);
-            }
-            homes[i] = &cache.home(keys[i]);
-            __builtin_prefetch(homes[i]);
+        batch.count = scan(p, end, batch.ends);
+        fetch_homes(state, p, end, batch);
+        for (size_t i = 0;;) {
+            ids.reserve((batch.count - i) * PieceCache::kMaxIds);
+            uint32_t* out = ids.end();
+            i = copy_ids(batch, i, out);
+            ids.set_end(out);
+            if (i == batch.count) break;
+            const uint8_t* begin = i ? batch.ends[i - 1] : p;
+            const auto size = static_cast<size_t>(batch.ends[i] - begin);
+            encode_missed({reinterpret_cast<const char*>(begin), size}, batch.keys[i], *batch.homes[i], state, ids);
+            ++i;
         }
-        ids.reserve(count * PieceCache::kMaxIds);
-        uint32_t* out = ids.end();
-        for (size_t i = 0; i < count; p = ends[i++]) {
-            PieceCache::Entry* entry = homes[i];
-            if (!(entry->key == keys[i])) [[unlikely]] {
-                ids.set_end(out);
-                encode_missed({reinterpret_cast<const char*>(p), static_cast<size_t>(ends[i] - p)}, keys[i], *entry, state, ids);
-                ids.reserve((count - i) * PieceCache::kMaxIds);
-                out = ids.end();
-                continue;
-            }
-            std::memcpy(out, entry->ids, sizeof(entry->ids));
-            out += entry->num_ids;
-        }
-        ids.set_end(out);
-        cache.grow_if_full();
+        p = batch.ends[batch.count - 1];
+        state.cache.grow_if_full();
     }
     lease.complete();
 }
@@ -112,17 +144,17 @@ void BpeEncoder::encode(Pattern pattern, std::string_view text, IdBuffer& ids) c
 // Of a piece that `home` does not hold.
 void BpeEncoder::encode_missed(std::string_view piece, const PieceCache::Key& key, PieceCache::Entry& home,
                                EncodeState& state, IdBuffer& ids) const {
-    if (const auto* found = state.cache.find_beside(home, key)) return ids.append(found->ids, found->num_ids);
-    const uint64_t hash = piece.size() <= LongPieceCache::kMaxBytes ? hash_bytes(piece.data(), piece.size()) : 0;
-    if (hash && state.long_cache.find(piece, hash, ids)) return;
+    if (const auto* found = PieceCache::find_beside(home, key)) return ids.append(found->ids, found->num_ids());
+    const bool is_short = piece.size() <= PieceCache::kMaxBytes;
+    const bool is_kept = piece.size() <= LongPieceCache::kMaxBytes;
+    const uint64_t hash = is_short ? hash_bytes(piece.data(), piece.size()) : key.words[0];
     const size_t before = ids.size();
-    encode_uncached(piece, state, ids);
+    const bool is_known = is_kept && state.long_cache.find(piece, hash, ids);
+    if (!is_known) encode_uncached(piece, state, ids);
+    const uint32_t* its_ids = ids.data() + before;
     const size_t count = ids.size() - before;
-    if (piece.size() <= PieceCache::kMaxBytes && count <= PieceCache::kMaxIds) {
-        state.cache.insert(home, key, ids.data() + before, count);
-    } else if (hash) {
-        state.long_cache.insert(piece, hash, ids.data() + before, count);
-    }
+    if (is_short && count <= PieceCache::kMaxIds && state.cache.insert(home, key, its_ids, count)) return;
+    if (is_kept && !is_known) state.long_cache.insert(piece, hash, its_ids, count);
 }
 
 void BpeEncoder::encode_piece(std::string_view piece, IdBuffer& ids) const {

@@ -4,6 +4,13 @@
 // that may hold it is fetched; only then are the lines compared and the ids written, so that misses of the processor's
 // caches overlap. What is not there is looked up whole in the vocabulary (if that is ordered by rank), and else merged:
 // the adjacent pair of lowest priority first, the leftmost among equals, until no pair has a merge.
+//
+// What limits it, on a Zen 5 core at 3 GHz with a text that has been seen: 3 cycles a byte of English and 3.7 of code,
+// that is 14 and 17 a pre-token. 40 % is the scan, which waits for itself: a block begins where the last pre-token of
+// the one before it does. The rest is instructions, about 60 a pre-token. Memory would give 0.3 cycles a byte, text read
+// and ids written once. Korean takes 6 cycles a byte: its words are many, so their lines come from L3, and 12 % of them
+// are too long for a line. Making the list of int costs another 4 cycles an id, and twice that when the objects have
+// left the caches.
 #pragma once
 
 #include <array>

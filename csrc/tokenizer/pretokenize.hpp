@@ -19,7 +19,7 @@ enum class Scanner { scalar, portable, avx2, avx512 };
 // std::invalid_argument when there is none of that name here.
 Scanner scanner_from_name(std::string_view name);
 
-constexpr size_t kMostEnds = 128;                 // found by one call of a ScanEnds
+constexpr size_t kMostEnds = 256;                // found by one call of a ScanEnds
 constexpr size_t kEndsCapacity = kMostEnds + 8;  // room that it needs: the last ones are written eight at a time
 
 // Writes where the pre-tokens from `begin` on end, in order, and returns how many it wrote: at least one, unless there

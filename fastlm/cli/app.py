@@ -24,9 +24,19 @@ from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
 COMMANDS = (
-    "demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "finetune", "generate", "chat", "eval",
+    "demo",
+    "doctor",
+    "train-tokenizer",
+    "tokenize",
+    "prepare",
+    "train",
+    "finetune",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
     "bench",
-)  # fmt: skip
+)
 
 
 class _Commands(TyperGroup):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 8 << 20  # of text; each piece of it takes some 300 bytes of memory
 SHOWN_UNITS = 2000  # a terminal's memory, and a reader's patience, end about there
 COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta", "white on blue")
-STAND_IN_VOCAB_SIZE = 16384
 
 
 class Granularity(str, Enum):
@@ -183,22 +182,13 @@ def _load_tokenizer(name: str | None) -> Tokenizer:
 
 
 def _stand_in() -> Tokenizer:
-    """A tokenizer for whoever has none, trained in a fraction of a second on the texts that come with fastlm.
-
-    The Korean one is short, so it counts eightfold. The syllables in use, alone and after a space, are added, so that
-    none falls to bytes.
-    """
-    from fastlm.data import english_text, korean_text
-    from fastlm.tokenizer.trainer import BpeTrainer
+    from fastlm.data.stand_in import VOCAB_SIZE, stand_in_tokenizer
 
     status_console.print(
-        f"no --tokenizer given: using one of {STAND_IN_VOCAB_SIZE:,} ids, trained just now on Python's documentation "
+        f"no --tokenizer given: using one of {VOCAB_SIZE:,} ids, trained just now on Python's documentation "
         "(English) and a short Korean story; train your own with fastlm train-tokenizer",
         style="yellow",
         highlight=False,
         soft_wrap=True,
     )
-    # The 2,350 syllables of the standard KS X 1001, which EUC-KR keeps in rows 0xB0 to 0xC8.
-    syllables = bytes(byte for row in range(0xB0, 0xC9) for cell in range(0xA1, 0xFF) for byte in (row, cell))
-    spaced = [f"{syllable} {syllable}" for syllable in syllables.decode("euc_kr")]
-    return BpeTrainer(STAND_IN_VOCAB_SIZE).train_from_iterator([english_text(), *[korean_text()] * 8, *spaced * 10])
+    return stand_in_tokenizer()

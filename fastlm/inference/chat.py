@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastlm.errors import ConfigError, TokenizerError
 from fastlm.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
-ROLES = ("system", "user", "assistant")
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+ROLES = ("system", "user", "assistant", "tool")
 NAMES = {"user": "User", "assistant": "Assistant"}  # in a transcript
 MARK = "fastlm-mark-of-an-answer"  # stands for an answer, to see what a template puts behind it
 
@@ -26,29 +27,34 @@ class ChatPrompt:
     stop_token_ids: tuple[int, ...] = ()
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Messages) -> ChatPrompt:
+def chat_prompt(tokenizer: Tokenizer, messages: Messages, tools: Tools = ()) -> ChatPrompt:
     """The prompt after which a model writes the assistant's next message.
 
     With a chat template, it is the template's text; the answer ends with the special token that the template puts
     behind one. Without, as for a model that was never tuned to chat, it is a transcript of "User:" and "Assistant:".
 
     Args:
-        messages: mappings with "role" (system, user or assistant) and "content".
+        messages: mappings with "role" (system, user, assistant or tool) and "content"; an assistant's may have
+            "tool_calls", whose arguments are mappings.
+        tools: what the assistant may call, as OpenAI's API describes it, for templates that know tools.
 
     Raises:
         ConfigError: a message has another form, spells a special token of the tokenizer (which would let its author
-            speak for others), or the template refuses the conversation.
+            speak for others), or the template refuses the conversation, or knows no tools.
     """
     _check(messages)
     template = tokenizer.settings.chat_template
+    if tools and (template is None or "tools" not in template):
+        raise ConfigError("the model's chat template knows no tools: it was not tuned to call any")
     if template is None:
         return ChatPrompt(_transcript(messages), stop=(f"\n{NAMES['user']}:",))
-    for message in messages:
+    for text in _strings([*messages, *tools]):
         try:
-            tokenizer.encode(message["content"])
+            tokenizer.encode(text)
         except TokenizerError as error:
             raise ConfigError(f"a message must not spell a special token: {error}") from None
-    ids = tokenizer.encode(_render(tokenizer, template, messages, add_generation_prompt=True), allowed_special="all")
+    rendered = _render(tokenizer, template, messages, tools, add_generation_prompt=True)
+    ids = tokenizer.encode(rendered, allowed_special="all")
     return ChatPrompt(ids, stop_token_ids=_turn_end(tokenizer, template, messages))
 
 
@@ -60,7 +66,20 @@ def _check(messages: Messages) -> None:
             raise ConfigError(f'a message must have a "role" of {", ".join(ROLES)} and a string "content"')
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in what a client gave, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
 def _transcript(messages: Messages) -> str:
+    if any(message["role"] == "tool" for message in messages):
+        raise ConfigError("the model has no chat template, and so knows no tools")
     lines = []
     for message in messages:
         content = message["content"].strip()
@@ -71,12 +90,14 @@ def _transcript(messages: Messages) -> str:
 def _turn_end(tokenizer: Tokenizer, template: str, messages: Messages) -> tuple[int, ...]:
     """The special token that the template puts behind an answer."""
     answered = [*messages, {"role": "assistant", "content": MARK}]
-    behind = _render(tokenizer, template, answered, add_generation_prompt=False).rpartition(MARK)[2]
+    behind = _render(tokenizer, template, answered, (), add_generation_prompt=False).rpartition(MARK)[2]
     special = set(tokenizer.special_tokens.values())
     return tuple(id for id in tokenizer.encode(behind, allowed_special="all") if id in special)[:1]
 
 
-def _render(tokenizer: Tokenizer, template: str, messages: Messages, *, add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Tokenizer, template: str, messages: Messages, tools: Tools, *, add_generation_prompt: bool
+) -> str:
     """What transformers' `apply_chat_template` renders. The template comes with a model's files, so it runs in
     jinja2's sandbox."""
     import jinja2
@@ -94,11 +115,12 @@ def _render(tokenizer: Tokenizer, template: str, messages: Messages, *, add_gene
     try:
         return environment.from_string(template).render(
             messages=[dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
             add_generation_prompt=add_generation_prompt,
             bos_token=settings.bos_token or "",
             eos_token=settings.eos_token or "",
         )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise ConfigError(f"the chat template does not take this conversation: {error}") from None
 
 

@@ -179,7 +179,8 @@ class Engine:
 
         Args:
             prompt: text, or token ids, which are taken as they are.
-            pooling: ask for an embedding instead of text: the mean of the prompt's hidden states, or the last.
+            pooling: ask for a vector instead of text: the mean of the prompt's hidden states, or the last, of length
+                1; or the logits of the token after it.
 
         Raises:
             CapacityError: the request can never be served: it is longer than the context, or than the memory.
@@ -203,7 +204,7 @@ class Engine:
         ]
         self._stats.prompt_tokens += len(ids)
         for sequence in sequences:
-            if sequence.draws or sequence.reads_whole_prompt:
+            if sequence.draws or pooling or sequence.reads_whole_prompt:
                 if self.context_length is not None and sequence.window_length > self.context_length:
                     sequence.reread(max(1, self.context_length // 2))
                 self._sequences.setdefault(request_id, []).append(sequence)
@@ -354,7 +355,7 @@ class Engine:
         assert pooled is not None
         if not pooled.isfinite().all():
             return self._piece(sequence, None, finish_reason="error", error="the model's hidden states are not finite")
-        embedding = torch.nn.functional.normalize(pooled, dim=0)
+        embedding = pooled if sequence.pooling == "logits" else torch.nn.functional.normalize(pooled, dim=0)
         return self._piece(sequence, None, finish_reason="stop", embedding=embedding)
 
     def _end(self, sequence: Sequence) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import TypeVar
 
 from fastlm.inference.engine import Engine
 from fastlm.inference.outputs import Piece
@@ -12,6 +14,7 @@ from fastlm.inference.sampling_params import SamplingParams
 from fastlm.inference.sequence import Pooling
 
 Receive = Callable[[Piece], object]
+Result = TypeVar("Result")
 
 
 class EngineThread:
@@ -65,6 +68,25 @@ class EngineThread:
         with self._changed:
             self._inbox.append(drop)
             self._changed.notify()
+
+    def run(self, function: Callable[[], Result]) -> Future[Result]:
+        """Calls `function` between two steps, when nothing else uses the model."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine was closed")
+            self._inbox.append(call)
+            self._changed.notify()
+        return future
 
     def close(self) -> None:
         """Ends what is being served with an error, and the thread."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import queue
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastlm.errors import CheckpointError, ConfigError, InferenceError
 from fastlm.inference.beam_search import Beam, beam_search
-from fastlm.inference.chat import ChatPrompt, Messages, chat_prompt
+from fastlm.inference.chat import ChatPrompt, Messages, Tools, chat_prompt
 from fastlm.inference.engine import Engine, Stats
 from fastlm.inference.engine_thread import EngineThread
 from fastlm.inference.generation import Prompt, collect, list_of_prompts, params_of_each
@@ -28,6 +29,7 @@ from fastlm.model.checkpoint import LanguageModel
 from fastlm.tokenizer import Tokenizer
 
 Params = SamplingParams | Sequence[SamplingParams]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class LLM:
         """Ids of a text as a prompt, what documents begin with among them."""
         return self._engine.prompt_ids(text)
 
-    def chat_prompt(self, messages: Messages) -> ChatPrompt:
+    def chat_prompt(self, messages: Messages, tools: Tools = ()) -> ChatPrompt:
         """What to continue for the assistant's next message, and what ends it. See `fastlm.inference.chat`."""
-        return chat_prompt(self.tokenizer, messages)
+        return chat_prompt(self.tokenizer, messages, tools)
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises CapacityError or ConfigError if the request could never be served."""
@@ -127,10 +129,20 @@ class LLM:
         """`stream`, awaited piece by piece."""
         prompts = list_of_prompts(prompts)
         settings = params_of_each(prompts, params or SamplingParams())
+        stream = self._apieces(prompts, settings)
+        try:
+            async for piece in stream:
+                yield piece
+        finally:
+            await stream.aclose()
+
+    async def _apieces(
+        self, prompts: list[Prompt], settings: list[SamplingParams], *, pooling: Pooling | None = None
+    ) -> AsyncGenerator[Piece, None]:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         with _Requests(self._thread, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)) as requests:
-            requests.submit_all(prompts, settings)
+            requests.submit_all(prompts, settings, pooling=pooling)
             while requests.unfinished:
                 yield requests.own(await pieces.get())
 
@@ -172,6 +184,35 @@ class LLM:
                 assert isinstance(piece.request_id, int)
                 found[piece.request_id] = piece.embedding
         return torch.stack([found[i] for i in range(len(texts))]) if texts else torch.empty(0, self.hidden_size)
+
+    async def apool(self, texts: Sequence[Prompt], *, pooling: Pooling) -> Tensor:
+        """`embed`, awaited; with pooling="logits", the logits of the token after each text, `(texts, vocab_size)`."""
+        texts = list_of_prompts(texts)
+        found: dict[int, Tensor] = {}
+        stream = self._apieces(texts, [SamplingParams(max_tokens=0)] * len(texts), pooling=pooling)
+        try:
+            async for piece in stream:
+                if piece.embedding is None:
+                    raise InferenceError(f"a text could not be read: {piece.error}")
+                assert isinstance(piece.request_id, int)
+                found[piece.request_id] = piece.embedding
+        finally:
+            await stream.aclose()
+        return torch.stack([found[i] for i in range(len(texts))])
+
+    def run(self, function: Callable[[], Result]) -> Future[Result]:
+        """Calls `function` on the engine's thread, between two of its steps, when nothing else uses the model."""
+        return self._thread.run(function)
+
+    @property
+    def max_sequences(self) -> int:
+        """The most sequences that run at once; others wait."""
+        return self._engine.scheduler.max_sequences
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below it."""
+        return self._engine.runner.vocab_size
 
     @property
     def context_length(self) -> int | None:

@@ -22,7 +22,7 @@ class ChunkResult:
 
     draws: the token after the sequence, then after each draft; empty before the end of the prompt.
     prompt_logprobs: of the prompt's tokens that this chunk predicts and that were not known before.
-    pooled: `(hidden_size,)` fp32, the sum, or the last, of the chunk's hidden states.
+    pooled: `(hidden_size,)` fp32, the sum, or the last, of the chunk's hidden states; or the logits after the prompt.
     """
 
     draws: list[Draw] = field(default_factory=list)
@@ -53,7 +53,9 @@ class ModelRunner:
             sequence = chunk.sequence
             if sequence.prompt_logprobs is not None:
                 result.prompt_logprobs = self._prompt_logprobs(chunk, hidden[begin:end])
-            if sequence.pooling is not None:
+            if sequence.pooling == "logits":
+                result.pooled = self._logits(hidden[end - 1 : end])[0].float() if chunk.reaches_end else None
+            elif sequence.pooling is not None:
                 states = hidden[begin:end].float()
                 result.pooled = states.sum(0) if sequence.pooling == "mean" else states[-1]
             if sequence.draws and chunk.reaches_end:

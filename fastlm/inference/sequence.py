@@ -16,7 +16,7 @@ from fastlm.inference.sampling_params import SamplingParams
 from fastlm.inference.text import TextStream
 from fastlm.tokenizer import Tokenizer
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "logits"]
 
 
 class Sequence:
@@ -51,7 +51,7 @@ class Sequence:
         self.prompt_logprobs: PromptLogprobs | None = [None] if wants_prompt_logprobs(params, index) else None
         self.matcher = matcher
         self.pooling = pooling
-        self.pooled: Tensor | None = None  # (hidden_size,) fp32: the sum, or the last, of the prompt's hidden states
+        self.pooled: Tensor | None = None  # fp32: sum or last of the hidden states (hidden_size,), or logits
 
     @property
     def generated(self) -> int:
@@ -72,7 +72,7 @@ class Sequence:
     @property
     def reads_whole_prompt(self) -> bool:
         """Whether something is wanted of every token of the prompt, so that none may come from the cache."""
-        return self.prompt_logprobs is not None or self.pooling is not None
+        return self.prompt_logprobs is not None or self.pooling in ("mean", "last")
 
     def reread(self, num_tokens: int) -> None:
         """Moves the window to the latest `num_tokens`. Its blocks must have been released."""

@@ -226,6 +226,18 @@ def test_same_text_gives_the_same_ids_whatever_came_before(small_ranks: dict[byt
         assert ours.encode(word) == ours._native.encode_piece(word.encode()), word
 
 
+def test_more_words_than_the_cache_holds_equal_tiktoken(
+    small_pairs: dict[str, tuple[Tokenizer, tiktoken.Encoding]], fresh_seed: int
+) -> None:
+    # Of one id to as many as bytes, so that lines of the cache are shared, taken whole, left, and taken from others.
+    ours, theirs = small_pairs["gpt2"]
+    rng = random.Random(fresh_seed)
+    words = ["".join(rng.choices("aeinrst가힣", k=rng.randrange(1, 16))) for _ in range(300_000)]
+    for number in (5_000, 40_000, len(words)):
+        text = " ".join(rng.choices(words[:number], k=2 * number))
+        assert ours.encode(text) == theirs.encode(text), number
+
+
 def test_batch_and_numpy_equal_encode(
     small_ranks: dict[bytes, int], real_texts: dict[str, str], fresh_seed: int
 ) -> None:
