@@ -31,6 +31,7 @@ from fastlm.training.log import plot_losses
 from fastlm.training.loop import Progress, run_loop
 from fastlm.training.model_files import AdapterFiles, ClassifierFiles, LanguageModelFiles, ModelFiles
 from fastlm.training.objective import Objective
+from fastlm.training.preference import PreferenceTuning
 from fastlm.training.run_directory import RESULT_FILE, begin_run
 from fastlm.training.trainer import LanguageModeling
 
@@ -49,6 +50,7 @@ class FinetuneConfig:
     pooling: Pooling = "mean"  # classification: of a text's hidden states
     labels: tuple[str, ...] | None = None  # classification: the classes; None: those that occur
     class_weights: ClassWeights = None  # classification
+    beta: float = 0.1  # preference: how strongly the model is held to what it was
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -249,6 +251,8 @@ def _objective(
     if isinstance(model, SequenceClassifier):
         common["class_weights"] = config.class_weights
         return Classification(model, base.tokenizer, train, valid, training, **common)
+    if config.task == "preference":
+        return PreferenceTuning(model, base.tokenizer, train, valid, training, beta=config.beta, **common)
     return Instruction(model, base.tokenizer, train, valid, training, **common)
 
 
