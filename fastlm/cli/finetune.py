@@ -84,6 +84,9 @@ def command(
     labels: Annotated[
         str | None, typer.Option("--labels", help="classification: the classes: neg,pos. [default: all that occur]")
     ] = None,
+    beta: Annotated[
+        float, typer.Option("--beta", help="preference: how strongly the model is held to what it was.")
+    ] = 0.1,
     text_column: Annotated[str, typer.Option("--text-column")] = "text",
     label_column: Annotated[str, typer.Option("--label-column")] = "label",
     prompt_column: Annotated[str, typer.Option("--prompt-column")] = "prompt",
@@ -121,6 +124,7 @@ def command(
         pooling=pooling.value,
         labels=None if labels is None else tuple(labels.split(",")),
         class_weights=_class_weights(class_weights),
+        beta=beta,
     )
     start = load_base(base, keep_quantized=lora is not None, from_scratch=seed if from_scratch else None)
     if overwrite:
@@ -209,7 +213,7 @@ def _training(
         )
         steps = steps_of(DEFAULT_EPOCHS if epochs is None else epochs, rows, batch)
     rates = FULL_RATES if config.lora is None else LORA_RATES
-    scale = 0.1 if size >= LARGE else 1.0
+    scale = (0.1 if size >= LARGE else 1.0) * (0.1 if config.task == "preference" else 1.0)
     return TrainingConfig(
         steps=steps,
         batch_size=batch,

@@ -41,6 +41,11 @@ class PresetName(str, Enum):
     base = "base"
 
 
+class ScheduleName(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
 class ParallelName(str, Enum):
     ddp = "ddp"
     fsdp = "fsdp"
@@ -79,6 +84,22 @@ def command(
     accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
     embedding_lr: Annotated[float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest.")] = None,
+    schedule: Annotated[
+        ScheduleName | None, typer.Option("--schedule", help="How the rate falls at the end. [default: linear]")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option("--ema", help="Decay of a moving average of the weights, which is the model: 0.999")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", help="Evaluations without a better one after which the run ends.")
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--activation-checkpointing/--no-activation-checkpointing", help="Less memory, more work."),
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option("--evaluations", help="Partial ones during the run. [default: 10]")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What layers compute in. [default: the faster on this machine]")
     ] = None,
@@ -123,6 +144,11 @@ def command(
         "dtype": dtype and dtype.value,
         "seed": seed,
         "separate_documents": separate_documents,
+        "schedule": schedule and schedule.value,
+        "ema": ema,
+        "patience": patience,
+        "activation_checkpointing": activation_checkpointing,
+        "evaluations": evaluations,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
     given_names = {"vocab_size": vocab_size, "architecture": architecture and architecture.value}

@@ -42,6 +42,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     evaluations: int = 0
     best_score: float | None = None  # the lowest `Score.value`
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
 
 
 def checkpoint_directories(run: Path) -> list[Path]:

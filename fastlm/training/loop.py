@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastlm.errors import TrainingError
+from fastlm.errors import ConfigError, TrainingError
+from fastlm.model.transformer import Decoder
 from fastlm.training.checkpoint import (
     TrainingState,
     checkpoint_directories,
@@ -29,6 +31,7 @@ from fastlm.training.checkpoint import (
 from fastlm.training.clock import Clock
 from fastlm.training.config import TrainingConfig
 from fastlm.training.distributed import Parallel, Parallelism, full_tensor, losing_a_process_is_an_error
+from fastlm.training.ema import PREFIX, MovingAverage
 from fastlm.training.log import TrainingLog
 from fastlm.training.objective import Objective, Score
 from fastlm.training.optimizer import Optimizer
@@ -85,10 +88,21 @@ def run_loop(
     checkpoints = world.from_main(lambda: checkpoint_directories(out))
     if checkpoints:
         state, tensors = read_checkpoint(checkpoints[-1], objective.files)
+    if config.activation_checkpointing:
+        decoder = getattr(model, "model", None)
+        if not isinstance(decoder, Decoder):
+            raise ConfigError("only a transformer's activations can be computed again; leave that option out")
+        decoder.checkpoint_activations = True
+    if config.patience is not None and world.size > 1 and parallel == "fsdp":
+        raise ConfigError("stopping early is for whole models; leave out --patience or --parallel fsdp")
     spread = Parallelism(model, objective.loss, world, parallel)
     optimizer = Optimizer(model, config)
+    average = None if config.ema is None else MovingAverage(model, config.ema)
     if checkpoints:
+        averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
         load_optimizer(checkpoints[-1], optimizer, tensors)
+        if average is not None:
+            average.load_state_tensors(averages)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -123,20 +137,39 @@ def run_loop(
             log.write(step=state.step, **values)
 
     def save(best: bool = False) -> None:
-        spread.gather()
-        optimizer_state = {} if best else optimizer.state_tensors()
-        if not world.is_main:
-            return
-        objective.files.model = spread.whole
-        if best:
-            save_best(out, objective.files)
-        else:
-            save_checkpoint(out, objective.files, optimizer_state, state)
+        with averaged() if best else nullcontext():
+            spread.gather()
+            optimizer_state = {} if best else optimizer.state_tensors()
+            if average is not None and not best:
+                optimizer_state |= average.state_tensors()
+            if not world.is_main:
+                return
+            objective.files.model = spread.whole
+            if best:
+                save_best(out, objective.files)
+            else:
+                save_checkpoint(out, objective.files, optimizer_state, state)
 
-    def evaluate(size: int, stop: Callable[[], bool] | None = None) -> Score | None:
+    def averaged() -> AbstractContextManager[None]:
+        return nullcontext() if average is None else average.in_place()
+
+    def write_what_is_best() -> None:
+        """Where that is not the last weights, the run's model becomes the best ones, or the average."""
+        if state.stopped_early:
+            objective.files.model = spread.whole
+            objective.files.read(out / "checkpoints" / "best")
+        elif average is not None:
+            average.apply()
+            spread.gather()
+        else:
+            return
+        if world.is_main:
+            objective.files.write(out)
+
+    def evaluate(size: int, stop: Callable[[], bool] | None = None, during_training: bool = True) -> Score | None:
         nonlocal valid
         model.eval()
-        with autocast:
+        with autocast, averaged() if during_training else nullcontext():
             score = objective.evaluate(size, stop)
         model.train()
         if score is not None:
@@ -162,9 +195,13 @@ def run_loop(
             [loss_value] = world.sum(loss_value)
             gradient_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)).item()
 
-            scale = learning_rate_scale(step, state.total_steps, config.warmup_steps, config.decay_fraction)
+            scale = learning_rate_scale(
+                step, state.total_steps, config.warmup_steps, config.decay_fraction, config.schedule
+            )
             if math.isfinite(loss_value) and math.isfinite(gradient_norm):
                 optimizer.step(scale)
+                if average is not None:
+                    average.update(step + 1)
                 state.skipped_in_a_row = 0
             else:
                 optimizer.zero_grad()
@@ -202,18 +239,25 @@ def run_loop(
                 clock.evaluated(time.monotonic() - begun)
                 if state.best_score is None or score.value < state.best_score:
                     state.best_score = score.value
+                    state.evaluations_since_best = 0
                     save(best=True)
+                else:
+                    state.evaluations_since_best += 1
+                    if config.patience is not None and state.evaluations_since_best >= config.patience:
+                        state.stopped_early = True
+                        state.total_steps = state.step
                 report(progress("evaluating"))
             if checkpoint_is_due:
                 save()
                 clock.checkpoint_done()
 
         save()
+        write_what_is_best()
         report(progress("final evaluation"))
         if not objective.validation_size:
             return state, None
         # Of several processes none may stop alone.
-        return state, evaluate(world.from_main(clock.final_size), should_stop if world.size == 1 else None)
+        return state, evaluate(world.from_main(clock.final_size), should_stop if world.size == 1 else None, False)
     finally:
         if log is not None:
             log.close()
