@@ -31,6 +31,7 @@ COMMANDS = (
     "prepare",
     "train",
     "finetune",
+    "runs",
     "generate",
     "chat",
     "serve",

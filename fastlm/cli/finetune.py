@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastlm.cli.config_file import ConfigOption
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
 from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.cli.train import Dtype
@@ -94,6 +95,7 @@ def command(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Random weights in the base's shape, to see what the base gives.")
     ] = False,
+    options_file: ConfigOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastlm.cli.config_file import ConfigOption
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
 from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.errors import ConfigError, DataError, FastlmError
@@ -113,6 +114,7 @@ def command(
     parallel: Annotated[
         ParallelName, typer.Option("--parallel", help="Under torchrun: each process has all of the model, or a part.")
     ] = ParallelName.ddp,
+    config: ConfigOption = None,
     resume: Annotated[
         bool | None,
         typer.Option(
