@@ -28,8 +28,8 @@ DEFAULT_EPOCHS = 2.0
 VALID_FRACTION = 0.1
 BATCH_SIZE = {"lm": 8, "classification": 32, "instruction": 16, "preference": 16}
 # Peak rates of AdamW for matrices of the blocks, and for the rest: all weights, or LoRA's and a head's alone.
-FULL_RATES, LORA_RATES = (5e-4, 5e-4), (2e-3, 2e-3)
-LARGE = 50_000_000  # parameters; from there on, all weights learn at a tenth of those rates
+FULL_RATES, LORA_RATES = (1e-3, 1e-3), (3e-3, 3e-3)
+LARGE = 50_000_000  # parameters; from there on, all learn at a tenth of those rates
 WARMUP_FRACTION = 0.06
 
 
