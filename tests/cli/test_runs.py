@@ -10,6 +10,7 @@ from fastlm.cli.app import app
 from fastlm.errors import ConfigError, DataError
 from fastlm.model import ModelConfig
 from fastlm.training import TrainingConfig, prepare, train
+from tests.training.conftest import one_thread  # noqa: F401 (fixture)
 
 
 @pytest.fixture(scope="module")
