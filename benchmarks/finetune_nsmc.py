@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="run of fastlm train on the reviews")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=20_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "finetune_nsmc.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "finetuning" / "nsmc.json")
     arguments = parser.parse_args()
     train = read_labelled(arguments.data / "train.tsv")[: arguments.examples]
     valid = read_labelled(arguments.data / "valid.tsv")
@@ -58,6 +58,7 @@ def main() -> None:
         runs = [network(name, arguments.base, train, valid, seed) for seed in range(arguments.seeds)]
         accuracies = [run["accuracy"] for run in runs]
         report[name] = {"runs": runs, "mean_accuracy": round(statistics.mean(accuracies), 4)}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(arguments.out, json.dumps(report, indent=1) + "\n")
     for name in ("from base", "from scratch", "LoRA from base"):
         print(f"{name:15} {100 * report[name]['mean_accuracy']:.2f} %")

@@ -24,9 +24,20 @@ from fastlm.cli.output import status_console
 from fastlm.errors import FastlmError
 
 COMMANDS = (
-    "demo", "doctor", "train-tokenizer", "tokenize", "prepare", "train", "finetune", "generate", "chat", "serve",
-    "eval", "bench",
-)  # fmt: skip
+    "demo",
+    "doctor",
+    "train-tokenizer",
+    "tokenize",
+    "prepare",
+    "train",
+    "finetune",
+    "runs",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
+    "bench",
+)
 
 
 class _Commands(TyperGroup):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastlm.cli.config_file import ConfigOption
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
 from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.cli.train import Dtype
@@ -27,8 +28,8 @@ DEFAULT_EPOCHS = 2.0
 VALID_FRACTION = 0.1
 BATCH_SIZE = {"lm": 8, "classification": 32, "instruction": 16, "preference": 16}
 # Peak rates of AdamW for matrices of the blocks, and for the rest: all weights, or LoRA's and a head's alone.
-FULL_RATES, LORA_RATES = (5e-4, 5e-4), (2e-3, 2e-3)
-LARGE = 50_000_000  # parameters; from there on, all weights learn at a tenth of those rates
+FULL_RATES, LORA_RATES = (1e-3, 1e-3), (3e-3, 3e-3)
+LARGE = 50_000_000  # parameters; from there on, all learn at a tenth of those rates
 WARMUP_FRACTION = 0.06
 
 
@@ -84,6 +85,9 @@ def command(
     labels: Annotated[
         str | None, typer.Option("--labels", help="classification: the classes: neg,pos. [default: all that occur]")
     ] = None,
+    beta: Annotated[
+        float, typer.Option("--beta", help="preference: how strongly the model is held to what it was.")
+    ] = 0.1,
     text_column: Annotated[str, typer.Option("--text-column")] = "text",
     label_column: Annotated[str, typer.Option("--label-column")] = "label",
     prompt_column: Annotated[str, typer.Option("--prompt-column")] = "prompt",
@@ -91,6 +95,7 @@ def command(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Random weights in the base's shape, to see what the base gives.")
     ] = False,
+    options_file: ConfigOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -121,6 +126,7 @@ def command(
         pooling=pooling.value,
         labels=None if labels is None else tuple(labels.split(",")),
         class_weights=_class_weights(class_weights),
+        beta=beta,
     )
     start = load_base(base, keep_quantized=lora is not None, from_scratch=seed if from_scratch else None)
     if overwrite:
@@ -209,7 +215,7 @@ def _training(
         )
         steps = steps_of(DEFAULT_EPOCHS if epochs is None else epochs, rows, batch)
     rates = FULL_RATES if config.lora is None else LORA_RATES
-    scale = 0.1 if size >= LARGE else 1.0
+    scale = (0.1 if size >= LARGE else 1.0) * (0.1 if config.task == "preference" else 1.0)
     return TrainingConfig(
         steps=steps,
         batch_size=batch,

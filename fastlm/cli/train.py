@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastlm.cli.config_file import ConfigOption
 from fastlm.cli.output import JsonFlag, console, print_json, status_console
 from fastlm.cli.run_display import RunDisplay, duration, stop_on_signal
 from fastlm.errors import ConfigError, DataError, FastlmError
@@ -22,6 +23,7 @@ from fastlm.errors import ConfigError, DataError, FastlmError
 if TYPE_CHECKING:
     from fastlm.training.config import Preset, TrainingConfig
     from fastlm.training.data import MixedDataset, TokenDataset
+    from fastlm.training.distributed import World
     from fastlm.training.run_directory import RunDescription
     from fastlm.training.trainer import TrainingResult
 
@@ -38,6 +40,16 @@ class PresetName(str, Enum):
     tiny = "tiny"
     small = "small"
     base = "base"
+
+
+class ScheduleName(str, Enum):
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ParallelName(str, Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Dtype(str, Enum):
@@ -73,6 +85,22 @@ def command(
     accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
     embedding_lr: Annotated[float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest.")] = None,
+    schedule: Annotated[
+        ScheduleName | None, typer.Option("--schedule", help="How the rate falls at the end. [default: linear]")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option("--ema", help="Decay of a moving average of the weights, which is the model: 0.999")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", help="Evaluations without a better one after which the run ends.")
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--activation-checkpointing/--no-activation-checkpointing", help="Less memory, more work."),
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option("--evaluations", help="Partial ones during the run. [default: 10]")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What layers compute in. [default: the faster on this machine]")
     ] = None,
@@ -83,6 +111,10 @@ def command(
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", "-v", help="Of the trained tokenizer. [default: by amount of text]")
     ] = None,
+    parallel: Annotated[
+        ParallelName, typer.Option("--parallel", help="Under torchrun: each process has all of the model, or a part.")
+    ] = ParallelName.ddp,
+    config: ConfigOption = None,
     resume: Annotated[
         bool | None,
         typer.Option(
@@ -97,6 +129,7 @@ def command(
     Example: fastlm train --data book.txt --out run --minutes 3
     """
     started_at = time.monotonic()
+    from fastlm.training.distributed import World
     from fastlm.training.run_directory import is_finished, read_run
 
     if minutes is not None and steps is not None:
@@ -113,31 +146,38 @@ def command(
         "dtype": dtype and dtype.value,
         "seed": seed,
         "separate_documents": separate_documents,
+        "schedule": schedule and schedule.value,
+        "ema": ema,
+        "patience": patience,
+        "activation_checkpointing": activation_checkpointing,
+        "evaluations": evaluations,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
-    existing = None if overwrite else read_run(out)
-    if existing is not None:
+    given_names = {"vocab_size": vocab_size, "architecture": architecture and architecture.value}
+    given_names["preset"] = preset and preset.value
+
+    def plan() -> RunDescription:
+        existing = None if overwrite else read_run(out)
+        if existing is None:
+            if resume:
+                raise ConfigError(f"{out} holds no run to go on with; leave out --resume to start one")
+            if not data:
+                raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
+            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
+            return _describe(dataset, given_training, given_model, architecture, preset)
         if resume is False:
             raise ConfigError(f"{out} holds a run; give another --out, or --overwrite to replace it")
         if is_finished(out):
             raise ConfigError(f"{out} holds a finished run; give another --out, or --overwrite to replace it")
-        given: dict[str, Any] = {**given_training, **given_model, "vocab_size": vocab_size}
-        given["architecture"] = architecture and architecture.value
-        given["preset"] = preset and preset.value
-        dataset = _recorded_data(out, existing, data)
-        _check_unchanged(out, existing, given)
-        description = existing
-    elif resume:
-        raise ConfigError(f"{out} holds no run to go on with; leave out --resume to start one")
-    else:
-        if not data:
-            raise ConfigError("nothing to train on: give --data with text files or a prepared directory")
-        with _nothing_left_behind(out):
-            dataset = _new_data(out, data, weights, tokenizer, vocab_size, overwrite)
-            description = _describe(dataset, given_training, given_model, architecture, preset)
-            _run(out, description, dataset, started_at, as_json)
-        return
-    _run(out, description, dataset, started_at, as_json)
+        _recorded_data(out, existing, data)
+        _check_unchanged(out, existing, {**given_training, **given_model, **given_names})
+        return existing
+
+    world = World()
+    with _nothing_left_behind(out) if world.is_main else nullcontext():
+        description = world.from_main(plan)
+        dataset = _recorded_data(out, description, None)
+        _run(out, description, dataset, started_at, parallel, world, as_json)
 
 
 @contextmanager
@@ -157,7 +197,13 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
 
 
 def _run(
-    out: Path, description: RunDescription, dataset: TokenDataset | MixedDataset, started_at: float, as_json: bool
+    out: Path,
+    description: RunDescription,
+    dataset: TokenDataset | MixedDataset,
+    started_at: float,
+    parallel: ParallelName,
+    world: World,
+    as_json: bool,
 ) -> None:
     from fastlm.training import train
 
@@ -170,7 +216,11 @@ def _run(
             on_progress=display.update,
             should_stop=lambda: stop["asked"],
             started_at=started_at,
+            parallel=parallel.value,
         )
+    world.close()
+    if not world.is_main:
+        raise typer.Exit(130 if result.interrupted else 0)
     if result.interrupted:
         again = shlex.join(["fastlm", "train", "--out", str(out), "--resume"])
         status_console.print(

@@ -117,6 +117,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.context_length = config.context_length
+        self.checkpoint_activations = False  # blocks are computed again on the way back instead of being kept
         self.embed_tokens: nn.Embedding | QuantizedEmbedding = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.embed_positions = nn.Embedding(config.context_length, config.hidden_size) if learned else None
@@ -137,7 +138,11 @@ class Decoder(nn.Module):
         hidden, residual = self.embed(input_ids, positions), None
         for layer, block in enumerate(self.layers):
             tables = (None, None) if self.rotary is None else self.rotary.tables(layer, end, hidden.device)
-            hidden, residual = block(hidden, residual, tables, positions, cache, layer, cu_seqlens)
+            arguments = (hidden, residual, tables, positions, cache, layer, cu_seqlens)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden, residual = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden, residual = block(*arguments)
         if cache is not None:
             cache.advance(seq)
         return self.norm(hidden, residual)[0]

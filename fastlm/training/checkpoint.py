@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from fastlm._files import write_atomic
 from fastlm.errors import CheckpointError
 from fastlm.model.tensor_files import read_json_object, read_tensors, write_tensors
 from fastlm.training.data import sha256_file
-from fastlm.training.objective import Objective
+from fastlm.training.model_files import ModelFiles
 from fastlm.training.optimizer import Optimizer
 
 KEPT = 2
@@ -42,6 +42,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     evaluations: int = 0
     best_score: float | None = None  # the lowest `Score.value`
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
 
 
 def checkpoint_directories(run: Path) -> list[Path]:
@@ -49,7 +51,9 @@ def checkpoint_directories(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(run: Path, objective: Objective[Any], optimizer: Optimizer, state: TrainingState) -> Path:
+def save_checkpoint(
+    run: Path, files: ModelFiles, optimizer_state: dict[str, torch.Tensor], state: TrainingState
+) -> Path:
     """Writes a checkpoint, then makes the run's own model the same files, then drops all but the last two.
 
     Raises:
@@ -60,15 +64,15 @@ def save_checkpoint(run: Path, objective: Objective[Any], optimizer: Optimizer, 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_model(temporary, run, objective)
+        _write_model(temporary, run, files)
         model_files = sorted(path.name for path in temporary.iterdir())
-        tensors = optimizer.state_tensors() | {RANDOM_STATE: torch.get_rng_state()}
+        tensors = optimizer_state | {RANDOM_STATE: torch.get_rng_state()}
         write_tensors(tensors, temporary / "optimizer.safetensors")
-        files = {
+        hashes = {
             n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)}
             for n in [*model_files, "optimizer.safetensors"]
         }
-        write_atomic(temporary / "state.json", json.dumps({"state": asdict(state), "files": files}, indent=2) + "\n")
+        write_atomic(temporary / "state.json", json.dumps({"state": asdict(state), "files": hashes}, indent=2) + "\n")
         _replace_directory(temporary, directory)
         for name in model_files:
             if name != "tokenizer.json":  # which is the run's own already
@@ -87,14 +91,14 @@ def save_checkpoint(run: Path, objective: Objective[Any], optimizer: Optimizer, 
     return directory
 
 
-def save_best(run: Path, objective: Objective[Any]) -> None:
+def save_best(run: Path, files: ModelFiles) -> None:
     """Replaces <run>/checkpoints/best by the model as it is now. Raises CheckpointError when that fails."""
     directory = run / "checkpoints" / "best"
     temporary = directory.with_name(f".best.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_model(temporary, run, objective)
+        _write_model(temporary, run, files)
         _replace_directory(temporary, directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,22 +111,34 @@ def remove_leftovers(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(directory: Path, objective: Objective[Any], optimizer: Optimizer) -> TrainingState:
-    """Puts a checkpoint into a model and an optimizer that were built from the same configuration.
+def read_checkpoint(directory: Path, files: ModelFiles) -> tuple[TrainingState, dict[str, torch.Tensor]]:
+    """Puts the weights of a checkpoint into the model of `files`, sets torch's random state, and gives what is left:
+    the state, and that of the optimizer.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt; the message names an earlier intact checkpoint.
     """
-    try:
-        state, files = _read_state(directory)
-        _check_files(directory, files)
-        objective.files.read(directory)
+    with _damage_named(directory):
+        state, hashes = _read_state(directory)
+        _check_files(directory, hashes)
+        files.read(directory)
         tensors = read_tensors(directory / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop(RANDOM_STATE))
+    return state, tensors
+
+
+def load_optimizer(directory: Path, optimizer: Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts what `read_checkpoint` gave into the optimizer. Raises CheckpointError when it does not fit."""
+    with _damage_named(directory):
         optimizer.load_state_tensors(tensors)
+
+
+@contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except (CheckpointError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{directory} is damaged: {error}; {_advice(directory)}") from error
-    return state
 
 
 def _advice(damaged: Path) -> str:
@@ -158,8 +174,8 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
             raise CheckpointError(f"the content of {name} has changed since it was written")
 
 
-def _write_model(directory: Path, run: Path, objective: Objective[Any]) -> None:
-    objective.files.write(directory)
+def _write_model(directory: Path, run: Path, files: ModelFiles) -> None:
+    files.write(directory)
     _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 

@@ -15,10 +15,11 @@ from fastlm.errors import ConfigError, DataError
 from fastlm.model.classifier import TOKENS_AT_ONCE, SequenceClassifier, groups, pack
 from fastlm.tokenizer import Tokenizer
 from fastlm.training.config import TrainingConfig
+from fastlm.training.distributed import World
 from fastlm.training.examples import ExampleOrder, Labelled, spread
 from fastlm.training.metrics import accuracy, macro_f1
 from fastlm.training.model_files import ModelFiles
-from fastlm.training.objective import Objective, Score
+from fastlm.training.objective import Objective, Score, check_divisible
 
 PARTIAL_EXAMPLES = 500
 
@@ -48,11 +49,14 @@ class Classification(Objective[Batch]):
         files: ModelFiles,
         class_weights: ClassWeights = None,
         max_length: int | None = None,
+        world: World | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model: SequenceClassifier = model
         self.files = files
+        self.world = world or World()
         self.accumulation = config.accumulation
+        check_divisible(config, self.world)
         self.device = device
         self.rows, self.labels = _encoded(model, tokenizer, train, max_length)
         self.valid_rows, self.valid_labels = _encoded(model, tokenizer, valid, max_length)
@@ -64,7 +68,7 @@ class Classification(Objective[Batch]):
     def parts(self, step: int) -> list[Batch]:
         indices = self.order.batch(step)
         total = self.class_weights[self.labels[indices]].sum().item()
-        chunks = [chunk.tolist() for chunk in np.array_split(indices, self.accumulation)]
+        chunks = [chunk.tolist() for chunk in np.array_split(self.world.mine(indices), self.accumulation)]
         return [
             Batch(*pack([self.rows[i] for i in chunk], self.device), self.labels[chunk].to(self.device), total)
             for chunk in chunks

@@ -34,7 +34,7 @@ class Clock:
         self.validation_size = validation_size
         self.partial_size = partial_size
         self.max_final_size = validation_size if max_final_size is None else min(max_final_size, validation_size)
-        if config.steps is not None:
+        if config.steps is not None and not state.stopped_early:
             state.total_steps = config.steps
         # What is left for the loop. After an interruption the start-up is paid again and not counted.
         startup = now - started_at if state.step == 0 else 0.0

@@ -29,8 +29,12 @@ class TrainingConfig:
     learning_rate: float = 0.04  # of those
     embedding_learning_rate: float = 0.008  # AdamW, for everything else
     weight_decay: float = 0.0  # of the matrices of the blocks
+    schedule: Literal["linear", "cosine"] = "linear"  # how the rate falls
     warmup_steps: int = 20
     decay_fraction: float = 0.6  # last part of the run, over which the rate falls to zero
+    ema: float | None = None  # decay of a moving average of the weights, which then is the model: 0.999
+    patience: int | None = None  # evaluations without a better one after which the run ends with the best weights
+    activation_checkpointing: bool = False  # less memory, a third more work
     gradient_clip: float = 1.0  # largest norm of all gradients together
     separate_documents: bool = False  # no token sees another document that shares its row
     dtype: Literal["float32", "bfloat16"] = "float32"  # what layers compute in; weights are always float32
@@ -57,6 +61,12 @@ class TrainingConfig:
             raise ConfigError(f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}")
         if self.batch_size % self.accumulation:
             raise ConfigError(f"accumulation must divide batch_size ({self.batch_size}); {self.accumulation} does not")
+        if self.schedule not in ("linear", "cosine"):
+            raise ConfigError(f"schedule must be linear or cosine, not {self.schedule!r}")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ConfigError(f"ema must lie between 0 and 1, not {self.ema!r}")
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+            raise ConfigError(f"patience must be a positive integer, not {self.patience!r}")
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -19,6 +19,7 @@ from fastlm.errors import DataError
 from fastlm.model.checkpoint import LanguageModel
 from fastlm.model.transformer import Transformer
 from fastlm.training.data import TokenSplit, document_offsets
+from fastlm.training.distributed import World
 
 BATCH_SIZE = 16  # windows at once
 
@@ -67,12 +68,13 @@ def evaluate(
     max_windows: int | None = None,
     context_length: int | None = None,
     separate_documents: bool = False,
+    world: World | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Scores the whole split, or `max_windows` evenly spaced windows of it; None when `should_stop` said so.
 
     Windows are of `context_length` tokens, by default the model's. With `separate_documents`, for a transformer, no
-    token sees the documents before its own.
+    token sees the documents before its own. The processes of a `world` share the windows.
 
     Raises:
         DataError: the split has no token to score.
@@ -85,7 +87,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     nats, count = 0.0, 0
-    for batch in _same_length_batches(chosen):
+    batches = list(_same_length_batches(chosen))
+    world = world or World()
+    shared = [*batches, *[batches[0]] * (-len(batches) % world.size)]  # each process computes as many, for FSDP
+    for number in world.mine(list(range(len(shared)))):
+        batch = shared[number]
         if should_stop is not None and should_stop():
             return None
         ids = torch.from_numpy(np.stack([split.read(w.start, w.end - w.start + 1) for w in batch]))
@@ -99,9 +105,12 @@ def evaluate(
             losses = model.loss(inputs, targets, reduction="none", cu_seqlens=offsets)
         else:
             losses = model.loss(inputs, targets, reduction="none")
-        nats += losses.double().sum().item()
-        count += int((targets != -100).sum())
+        if number < len(batches):
+            nats += losses.double().sum().item()
+            count += int((targets != -100).sum())
     model.train(was_training)
+    nats, scored = world.sum(nats, count)
+    count = int(scored)
     if count == 0 or split.num_bytes == 0:
         raise DataError("the validation split holds no text to score; give more text")
     partial = len(chosen) < len(every)

@@ -19,17 +19,19 @@ from fastlm.model import build_model, load, load_classifier, save_classifier, sa
 from fastlm.model.adapter import LoRAConfig, add_lora, check_adaptable
 from fastlm.model.classifier import Pooling, SequenceClassifier, is_classifier
 from fastlm.model.transformer import Transformer
-from fastlm.nn import QuantizedLinear
+from fastlm.nn import QuantizedEmbedding, QuantizedLinear
 from fastlm.tokenizer import Tokenizer
 from fastlm.training.classification import Classification, ClassWeights, labels_of
 from fastlm.training.config import TrainingConfig
 from fastlm.training.data import TokenDataset
+from fastlm.training.distributed import World
 from fastlm.training.examples import Conversation, Labelled, Preference, fingerprint_of
 from fastlm.training.instruction import Instruction
 from fastlm.training.log import plot_losses
 from fastlm.training.loop import Progress, run_loop
 from fastlm.training.model_files import AdapterFiles, ClassifierFiles, LanguageModelFiles, ModelFiles
 from fastlm.training.objective import Objective
+from fastlm.training.preference import PreferenceTuning
 from fastlm.training.run_directory import RESULT_FILE, begin_run
 from fastlm.training.trainer import LanguageModeling
 
@@ -48,6 +50,7 @@ class FinetuneConfig:
     pooling: Pooling = "mean"  # classification: of a text's hidden states
     labels: tuple[str, ...] | None = None  # classification: the classes; None: those that occur
     class_weights: ClassWeights = None  # classification
+    beta: float = 0.1  # preference: how strongly the model is held to what it was
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -157,11 +160,16 @@ def finetune(
         if not data[0]:
             raise DataError("there are no examples to learn from")
         data_fingerprint = fingerprint_of(*data)
+    world = World()
     torch.manual_seed(training.seed)
-    objective = _objective(base, data, config, training, device)
+    objective = _objective(base, data, config, training, world, device)
     parameters = list(objective.model.parameters())
-    begin_run(out, _Description(config, training, base.name, base_fingerprint, data_fingerprint))
-    base.tokenizer.save(out / "tokenizer.json")
+
+    def begin() -> None:
+        begin_run(out, _Description(config, training, base.name, base_fingerprint, data_fingerprint))
+        base.tokenizer.save(out / "tokenizer.json")
+
+    world.from_main(begin)
     state, final = run_loop(
         objective, training, out, on_progress=on_progress, should_stop=should_stop, started_at=started_at
     )
@@ -178,7 +186,7 @@ def finetune(
         parameters=sum(p.numel() for p in parameters) + _quantized_numbers(objective.model),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
     )
-    if not interrupted:
+    if not interrupted and world.is_main:
         plot_losses(out / "log.jsonl", out / "loss.png")
         write_atomic(out / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
     return result
@@ -210,6 +218,7 @@ def _objective(
     data: TokenDataset | tuple[Examples, Examples],
     config: FinetuneConfig,
     training: TrainingConfig,
+    world: World,
     device: torch.device | str,
 ) -> Objective[Any]:
     model: Transformer | SequenceClassifier = base.model.to(device)
@@ -226,7 +235,7 @@ def _objective(
         if isinstance(model, SequenceClassifier):
             model.score.requires_grad_(True)
     files = _files(model, base, config)
-    common: dict[str, Any] = {"files": files, "device": device}
+    common: dict[str, Any] = {"files": files, "device": device, "world": world}
     if isinstance(data, TokenDataset):
         if data.tokenizer.fingerprint() != base.tokenizer.fingerprint():
             raise DataError(
@@ -242,6 +251,8 @@ def _objective(
     if isinstance(model, SequenceClassifier):
         common["class_weights"] = config.class_weights
         return Classification(model, base.tokenizer, train, valid, training, **common)
+    if config.task == "preference":
+        return PreferenceTuning(model, base.tokenizer, train, valid, training, beta=config.beta, **common)
     return Instruction(model, base.tokenizer, train, valid, training, **common)
 
 
@@ -259,7 +270,9 @@ def _is_quantized(model: torch.nn.Module) -> bool:
 
 
 def _quantized_numbers(model: torch.nn.Module) -> int:
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    linear = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    tables = [m for m in model.modules() if isinstance(m, QuantizedEmbedding)]
+    return linear + sum(m.weight.shape[0] * m.hidden_size for m in tables)
 
 
 def _model_fingerprint(model: torch.nn.Module) -> str:

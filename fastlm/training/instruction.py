@@ -19,9 +19,10 @@ from fastlm.model.classifier import document_start, groups, pack
 from fastlm.model.transformer import Transformer
 from fastlm.tokenizer import Tokenizer
 from fastlm.training.config import TrainingConfig
+from fastlm.training.distributed import World
 from fastlm.training.examples import Conversation, ExampleOrder, spread
 from fastlm.training.model_files import ModelFiles
-from fastlm.training.objective import Objective, Score
+from fastlm.training.objective import Objective, Score, check_divisible
 
 PARTIAL_ROWS = 64
 TOKENS_AT_ONCE = 2048  # of an evaluation
@@ -85,11 +86,14 @@ class Instruction(Objective[Batch]):
         *,
         files: ModelFiles,
         max_length: int | None = None,
+        world: World | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model: Transformer = model
         self.files = files
+        self.world = world or World()
         self.accumulation = config.accumulation
+        check_divisible(config, self.world)
         self.device = device
         length = min(max_length or model.config.context_length, model.config.context_length)
         self.rows = rows_of(tokenizer, train, length)
@@ -101,7 +105,8 @@ class Instruction(Objective[Batch]):
     def parts(self, step: int) -> list[Batch]:
         rows = [self.rows[i] for i in self.order.batch(step)]
         total = sum(int((targets != IGNORED).sum()) for _, targets in rows)
-        chunks = [rows[i :: self.accumulation] for i in range(self.accumulation)]
+        mine = self.world.mine(rows)
+        chunks = [mine[i :: self.accumulation] for i in range(self.accumulation)]
         return [batch_of(chunk, total, self.device) for chunk in chunks]
 
     def loss(self, part: Batch) -> Tensor:

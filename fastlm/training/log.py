@@ -62,6 +62,28 @@ def plot_losses(log: Path, out: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def plot_runs(logs: dict[str, Path], out: Path) -> None:
+    """Draws the validation loss of several runs, by name, against steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, log in logs.items():
+        lines = read_log(log) if log.is_file() else []
+        points = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation loss")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
 def _smooth(values: tuple[float, ...], width: int) -> list[float]:
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])

@@ -10,23 +10,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastlm.errors import TrainingError
+from fastlm.errors import ConfigError, TrainingError
+from fastlm.model.transformer import Decoder
 from fastlm.training.checkpoint import (
     TrainingState,
     checkpoint_directories,
-    load_checkpoint,
+    load_optimizer,
+    read_checkpoint,
     remove_leftovers,
     save_best,
     save_checkpoint,
 )
 from fastlm.training.clock import Clock
 from fastlm.training.config import TrainingConfig
+from fastlm.training.distributed import Parallel, Parallelism, full_tensor, losing_a_process_is_an_error
+from fastlm.training.ema import PREFIX, MovingAverage
 from fastlm.training.log import TrainingLog
 from fastlm.training.objective import Objective, Score
 from fastlm.training.optimizer import Optimizer
@@ -50,6 +55,7 @@ class Progress:
     skipped_steps: int
 
 
+@losing_a_process_is_an_error()
 def run_loop(
     objective: Objective[Any],
     config: TrainingConfig,
@@ -58,30 +64,50 @@ def run_loop(
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     started_at: float | None = None,
+    parallel: Parallel = "ddp",
 ) -> tuple[TrainingState, Score | None]:
     """Trains until the steps or the time are used up; goes on from the last checkpoint in `out`, if there is one.
 
     Returns:
         The state at the end and the final score, which is None when `should_stop` said so or nothing is to be scored.
 
+    Where torchrun started several processes, each calls this; the first one reports and writes.
+
     Raises:
         CheckpointError: the checkpoint to go on from is damaged, or one cannot be written.
         TrainingError: too many steps in a row had a loss or gradient that is not finite.
     """
+    world = objective.world
     should_stop = should_stop or (lambda: False)
-    report = on_progress or (lambda progress: None)
+    report = on_progress if on_progress and world.is_main else (lambda progress: None)
     model = objective.model.train()
-    optimizer = Optimizer(model, config)
     state = TrainingState()
-    remove_leftovers(out)
-    checkpoints = checkpoint_directories(out)
+    tensors: dict[str, torch.Tensor] = {}
+    if world.is_main:
+        remove_leftovers(out)
+    checkpoints = world.from_main(lambda: checkpoint_directories(out))
     if checkpoints:
-        state = load_checkpoint(checkpoints[-1], objective, optimizer)
+        state, tensors = read_checkpoint(checkpoints[-1], objective.files)
+    if config.activation_checkpointing:
+        decoder = getattr(model, "model", None)
+        if not isinstance(decoder, Decoder):
+            raise ConfigError("only a transformer's activations can be computed again; leave that option out")
+        decoder.checkpoint_activations = True
+    if config.patience is not None and world.size > 1 and parallel == "fsdp":
+        raise ConfigError("stopping early is for whole models; leave out --patience or --parallel fsdp")
+    spread = Parallelism(model, objective.loss, world, parallel)
+    optimizer = Optimizer(model, config)
+    average = None if config.ema is None else MovingAverage(model, config.ema)
+    if checkpoints:
+        averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+        load_optimizer(checkpoints[-1], optimizer, tensors)
+        if average is not None:
+            average.load_state_tensors(averages)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     autocast = torch.autocast(parameters[0].device.type, dtype=dtype, enabled=dtype != torch.float32)
-    log = TrainingLog(out / "log.jsonl", keep_until_step=state.step)
+    log = TrainingLog(out / "log.jsonl", keep_until_step=state.step) if world.is_main else None
     clock = Clock(
         config,
         state,
@@ -106,34 +132,76 @@ def run_loop(
             skipped_steps=state.skipped_steps,
         )
 
-    def evaluate(size: int, stop: Callable[[], bool] | None = None) -> Score | None:
+    def write(**values: Any) -> None:
+        if log is not None:
+            log.write(step=state.step, **values)
+
+    def save(best: bool = False) -> None:
+        with averaged() if best else nullcontext():
+            spread.gather()
+            optimizer_state = {} if best else optimizer.state_tensors()
+            if average is not None and not best:
+                optimizer_state |= average.state_tensors()
+            if not world.is_main:
+                return
+            objective.files.model = spread.whole
+            if best:
+                save_best(out, objective.files)
+            else:
+                save_checkpoint(out, objective.files, optimizer_state, state)
+
+    def averaged() -> AbstractContextManager[None]:
+        return nullcontext() if average is None else average.in_place()
+
+    def write_what_is_best() -> None:
+        """Where that is not the last weights, the run's model becomes the best ones, or the average."""
+        if state.stopped_early:
+            objective.files.model = spread.whole
+            objective.files.read(out / "checkpoints" / "best")
+        elif average is not None:
+            average.apply()
+            spread.gather()
+        else:
+            return
+        if world.is_main:
+            objective.files.write(out)
+
+    def evaluate(size: int, stop: Callable[[], bool] | None = None, during_training: bool = True) -> Score | None:
         nonlocal valid
         model.eval()
-        with autocast:
+        with autocast, averaged() if during_training else nullcontext():
             score = objective.evaluate(size, stop)
         model.train()
         if score is not None:
             valid = score.metrics
-            log.write(step=state.step, **{f"valid_{k}": v for k, v in score.metrics.items()}, partial=score.partial)
+            write(**{f"valid_{k}": v for k, v in score.metrics.items()}, partial=score.partial)
         return score
 
     try:
         while state.total_steps is None or state.step < state.total_steps:
-            if state.total_steps is None and clock.decay_is_due():
+            if state.total_steps is None and world.from_main(clock.decay_is_due):
                 state.total_steps = total_steps_when_decay_begins(state.step, config.decay_fraction)
                 continue
             step = state.step
             loss_value = 0.0
-            for part in objective.parts(step):
+            parts = objective.parts(step)
+            for i, part in enumerate(parts):
+                last = i == len(parts) - 1
+                spread.before(last=last)
                 with autocast:
-                    loss = objective.loss(part)
-                loss.backward()
+                    loss = spread.loss(part)
+                spread.backward(loss, last=last)
                 loss_value += loss.item()
-            gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip).item()
+            [loss_value] = world.sum(loss_value)
+            gradient_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)).item()
 
-            scale = learning_rate_scale(step, state.total_steps, config.warmup_steps, config.decay_fraction)
+            scale = learning_rate_scale(
+                step, state.total_steps, config.warmup_steps, config.decay_fraction, config.schedule
+            )
             if math.isfinite(loss_value) and math.isfinite(gradient_norm):
                 optimizer.step(scale)
+                if average is not None:
+                    average.update(step + 1)
                 state.skipped_in_a_row = 0
             else:
                 optimizer.zero_grad()
@@ -141,8 +209,7 @@ def run_loop(
                 state.skipped_in_a_row += 1
             state.step += 1
             clock.step_done()
-            log.write(
-                step=state.step,
+            write(
                 loss=loss_value,
                 gradient_norm=gradient_norm,
                 scale=scale,
@@ -156,10 +223,15 @@ def run_loop(
                 )
             report(progress("training"))
 
-            if should_stop():
-                save_checkpoint(out, objective, optimizer, state)
+            stop, evaluation_is_due, checkpoint_is_due = world.any(
+                should_stop(),
+                world.is_main and objective.validation_size > 0 and clock.evaluation_is_due(),
+                world.is_main and clock.checkpoint_is_due(),
+            )
+            if stop:
+                save()
                 return state, None
-            if objective.validation_size and clock.evaluation_is_due():
+            if evaluation_is_due:
                 state.evaluations += 1
                 begun = time.monotonic()
                 score = evaluate(objective.partial_size)
@@ -167,14 +239,25 @@ def run_loop(
                 clock.evaluated(time.monotonic() - begun)
                 if state.best_score is None or score.value < state.best_score:
                     state.best_score = score.value
-                    save_best(out, objective)
+                    state.evaluations_since_best = 0
+                    save(best=True)
+                else:
+                    state.evaluations_since_best += 1
+                    if config.patience is not None and state.evaluations_since_best >= config.patience:
+                        state.stopped_early = True
+                        state.total_steps = state.step
                 report(progress("evaluating"))
-            if clock.checkpoint_is_due():
-                save_checkpoint(out, objective, optimizer, state)
+            if checkpoint_is_due:
+                save()
                 clock.checkpoint_done()
 
-        save_checkpoint(out, objective, optimizer, state)
+        save()
+        write_what_is_best()
         report(progress("final evaluation"))
-        return state, evaluate(clock.final_size(), should_stop) if objective.validation_size else None
+        if not objective.validation_size:
+            return state, None
+        # Of several processes none may stop alone.
+        return state, evaluate(world.from_main(clock.final_size), should_stop if world.size == 1 else None, False)
     finally:
-        log.close()
+        if log is not None:
+            log.close()

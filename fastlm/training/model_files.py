@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,8 @@ from fastlm.model.transformer import Transformer
 class ModelFiles(Protocol):
     """Writes a model, all of its files or none, and reads its weights back."""
 
+    model: Any
+
     def write(self, directory: Path) -> None: ...
 
     def read(self, directory: Path) -> None: ...
@@ -26,7 +28,7 @@ class LanguageModelFiles:
     """config.json and model.safetensors of a language model."""
 
     def __init__(self, model: LanguageModel, eos_token_id: int | None) -> None:
-        self.model = model
+        self.model: Any = model
         self.eos_token_id = eos_token_id
 
     def write(self, directory: Path) -> None:
@@ -41,7 +43,7 @@ class ClassifierFiles:
     """config.json and model.safetensors of a classifier."""
 
     def __init__(self, model: SequenceClassifier, eos_token_id: int | None) -> None:
-        self.model = model
+        self.model: Any = model
         self.eos_token_id = eos_token_id
 
     def write(self, directory: Path) -> None:
@@ -55,7 +57,7 @@ class AdapterFiles:
     """adapter_config.json and adapter_model.safetensors, which holds a classifier's head as well."""
 
     def __init__(self, model: Transformer | SequenceClassifier, lora: LoRAConfig, base: str) -> None:
-        self.model = model
+        self.model: Any = model
         self.lora = lora
         self.base = base
 

@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from fastlm.errors import ConfigError
+from fastlm.training.config import TrainingConfig
+from fastlm.training.distributed import World
 from fastlm.training.model_files import ModelFiles
 
 Part = TypeVar("Part")
@@ -36,18 +39,29 @@ class Objective(ABC, Generic[Part]):
     model: nn.Module
     tokens_per_step: int  # for the display of the pace; of an average step
     files: ModelFiles
+    world: World
     validation_size: int  # windows or examples that a whole evaluation scores; 0: there is nothing to score
     partial_size: int  # of those, how many an evaluation during the run scores
     max_final_size: int | None = None  # the most that the final one scores
 
     @abstractmethod
     def parts(self, step: int) -> list[Part]:
-        """The batch of a step, counted from 0, in the parts that it is computed in."""
+        """This process's share of the batch of a step, counted from 0, in the parts that it is computed in."""
 
     @abstractmethod
     def loss(self, part: Part) -> Tensor:
-        """The part's share of the batch's mean loss: the shares of all parts add up to it."""
+        """The part's share of the batch's mean loss: the shares of all parts in all processes add up to it."""
 
     @abstractmethod
     def evaluate(self, size: int, should_stop: Callable[[], bool] | None = None) -> Score | None:
-        """The score on `size` evenly spread windows or examples; None when `should_stop` said so."""
+        """The score on `size` evenly spread windows or examples; None when `should_stop` said so. The same in every
+        process."""
+
+
+def check_divisible(config: TrainingConfig, world: World) -> None:
+    """Raises ConfigError unless every process gets as many examples of a batch, in parts of one size."""
+    if config.batch_size % (config.accumulation * world.size):
+        raise ConfigError(
+            f"batch_size must be a multiple of processes times accumulation, {world.size} x {config.accumulation}, "
+            f"not {config.batch_size}"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.training.config import TrainingConfig
+from fastlm.training.distributed import full_tensor, like
 
 
 class Optimizer:
@@ -45,9 +46,9 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`<parameter>/<quantity>` -> tensor."""
+        """`<parameter>/<quantity>` -> the whole tensor. Every process must call it."""
         return {
-            f"{self._names[parameter]}/{key}": value
+            f"{self._names[parameter]}/{key}": full_tensor(value)
             for optimizer, _ in self._optimizers
             for parameter, state in optimizer.state.items()
             for key, value in state.items()
@@ -66,7 +67,7 @@ class Optimizer:
             parameter, optimizer = parameters[name]
             if tensor.ndim and tensor.shape != parameter.shape:
                 raise ValueError(f"{full_name} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
-            optimizer.state[parameter][key] = tensor
+            optimizer.state[parameter][key] = like(tensor, parameter)
 
 
 def _in_block(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The learning rate over a run: warm-up, plateau, linear decay to zero.
+"""The learning rate over a run: warm-up, plateau, decay to zero, by a straight line or by half a cosine.
 
 On the plateau the rate does not depend on how long the run is. So a run limited by time need not know its number of
 steps until the decay begins: then the pace so far gives it, and it stays fixed. Such a run equals, to the last bit, one
@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 
 
-def learning_rate_scale(step: int, total_steps: int | None, warmup_steps: int, decay_fraction: float) -> float:
+def learning_rate_scale(
+    step: int, total_steps: int | None, warmup_steps: int, decay_fraction: float, schedule: str = "linear"
+) -> float:
     """The factor on the peak rate at a step counted from 0; `total_steps` None: not known yet, decay has not begun."""
     scale = min(1.0, (step + 1) / max(1, warmup_steps))
     if total_steps is not None:
         decay_steps = max(1, int(total_steps * decay_fraction))
-        scale = min(scale, (total_steps - step) / decay_steps)
+        left = min(1.0, (total_steps - step) / decay_steps)
+        scale = min(scale, left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
     return scale
 
 

@@ -19,11 +19,12 @@ from fastlm.model.transformer import Transformer
 from fastlm.training.checkpoint import TrainingState
 from fastlm.training.config import TrainingConfig
 from fastlm.training.data import MixedDataset, TokenDataset, document_offsets
+from fastlm.training.distributed import Parallel, World
 from fastlm.training.evaluate import evaluate, windows
 from fastlm.training.log import plot_losses
 from fastlm.training.loop import Progress, run_loop
 from fastlm.training.model_files import LanguageModelFiles, ModelFiles
-from fastlm.training.objective import Objective, Score
+from fastlm.training.objective import Objective, Score, check_divisible
 from fastlm.training.run_directory import RESULT_FILE, RunDescription, begin_run
 
 PARTIAL_WINDOWS = 32  # of an evaluation during the run: about 0.3 s for a small model on two cores
@@ -73,12 +74,15 @@ class LanguageModeling(Objective[Rows]):
         *,
         files: ModelFiles | None = None,
         context_length: int | None = None,
+        world: World | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model: LanguageModel = model
         self.files = files or LanguageModelFiles(model, dataset.eos_token_id)
         self.dataset = dataset
+        self.world = world or World()
         self.accumulation = config.accumulation
+        check_divisible(config, self.world)
         self.device = device
         self.context_length = context_length or model.config.context_length
         self.separate_documents = config.separate_documents
@@ -91,16 +95,18 @@ class LanguageModeling(Objective[Rows]):
         self.validation_size = len(windows(len(dataset.valid), self.context_length))
 
     def parts(self, step: int) -> list[Rows]:
-        inputs, targets = (tensor.to(self.device) for tensor in self.sampler.batch(step))
+        inputs, targets = (t.chunk(self.world.size)[self.world.rank] for t in self.sampler.batch(step))
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
         pairs = zip(inputs.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True)
         eos = self.dataset.eos_token_id
         return [Rows(i, t, document_offsets(i, eos) if self.separate_documents else None) for i, t in pairs]
 
     def loss(self, part: Rows) -> Tensor:
+        shares = self.accumulation * self.world.size
         if part.cu_seqlens is None:
-            return self.model.loss(part.inputs, part.targets) / self.accumulation
+            return self.model.loss(part.inputs, part.targets) / shares
         assert isinstance(self.model, Transformer)
-        return self.model.loss(part.inputs, part.targets, cu_seqlens=part.cu_seqlens) / self.accumulation
+        return self.model.loss(part.inputs, part.targets, cu_seqlens=part.cu_seqlens) / shares
 
     def evaluate(self, size: int, should_stop: Callable[[], bool] | None = None) -> Score | None:
         result = evaluate(
@@ -110,6 +116,7 @@ class LanguageModeling(Objective[Rows]):
             max_windows=size,
             context_length=self.context_length,
             separate_documents=self.separate_documents,
+            world=self.world,
             should_stop=should_stop,
         )
         if result is None:
@@ -128,6 +135,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     started_at: float | None = None,
     device: torch.device | str = "cpu",
+    parallel: Parallel = "ddp",
 ) -> TrainingResult:
     """Trains a model and writes it to the directory `out`; goes on where an unfinished run of the same options stopped.
 
@@ -138,6 +146,7 @@ def train(
         on_progress: called often, in this thread.
         should_stop: asked after each step; when it says yes, a checkpoint is written and training returns.
         started_at: `time.monotonic()` at which `config.minutes` began to count; by default now.
+        parallel: where torchrun started several processes, each has all of the model ("ddp") or a part ("fsdp").
 
     Raises:
         ConfigError: `out` holds a finished run or one with other options.
@@ -152,16 +161,27 @@ def train(
             f"the model has a vocabulary of {model_config.vocab_size}, "
             f"the tokenizer one of {dataset.tokenizer.vocab_size}"
         )
+    world = World()
     torch.manual_seed(config.seed)
-    objective = LanguageModeling(build_model(model_config).to(device), dataset, config, device=device)
-    begin_run(out, RunDescription.of(model_config, config, dataset))
-    dataset.tokenizer.save(out / "tokenizer.json")
-    write_config(model_config, out, eos_token_id=dataset.eos_token_id)
+    objective = LanguageModeling(build_model(model_config).to(device), dataset, config, world=world, device=device)
+
+    def begin() -> None:
+        begin_run(out, RunDescription.of(model_config, config, dataset))
+        dataset.tokenizer.save(out / "tokenizer.json")
+        write_config(model_config, out, eos_token_id=dataset.eos_token_id)
+
+    world.from_main(begin)
     state, final = run_loop(
-        objective, config, out, on_progress=on_progress, should_stop=should_stop, started_at=started_at
+        objective,
+        config,
+        out,
+        on_progress=on_progress,
+        should_stop=should_stop,
+        started_at=started_at,
+        parallel=parallel,
     )
     result = _result(objective, state, final)
-    if final is not None:
+    if final is not None and world.is_main:
         plot_losses(out / "log.jsonl", out / "loss.png")
         write_atomic(out / RESULT_FILE, json.dumps(asdict(result), indent=2) + "\n")
     return result

@@ -11,6 +11,7 @@ from fastlm.cli.app import app
 from fastlm.errors import ConfigError, DataError
 from fastlm.model import ModelConfig, Transformer, load, load_classifier, save_model
 from fastlm.tokenizer import BpeTrainer
+from tests.training.conftest import one_thread  # noqa: F401 (fixture)
 
 
 @pytest.fixture

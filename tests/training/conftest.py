@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 
 from fastlm.model import ModelConfig
 from fastlm.training import TokenDataset, prepare
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models as small as those here gain nothing from several threads, which would only wait for one another."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 KOREAN = "이 영화는 정말 재미있었다. 배우들의 연기도 훌륭했고 음악도 좋았다.\n다시 보고 싶은 작품이다.\n"
 

@@ -24,9 +24,10 @@ from fastlm.training import (
     steps_of,
 )
 from fastlm.training.classification import Classification, labels_of
-from fastlm.training.examples import Conversation, ExampleOrder, Labelled
+from fastlm.training.examples import Conversation, ExampleOrder, Labelled, Preference
 from fastlm.training.instruction import IGNORED, Instruction, answers_of, batch_of
 from fastlm.training.log import read_log
+from fastlm.training.preference import PreferenceTuning
 
 TRAINING = TrainingConfig(
     steps=30, batch_size=8, optimizer="adamw", learning_rate=5e-3, embedding_learning_rate=5e-3, warmup_steps=3,
@@ -297,3 +298,45 @@ def test_rows_of_a_batch_do_not_see_one_another(base: Path) -> None:
     together = start.model.loss(batch.ids[None], batch.targets[None], "none", cu_seqlens=batch.cu_seqlens)[0]
     alone = [start.model.loss(b.ids[None], b.targets[None], "none")[0] for b in (batch_of([r], 1, "cpu") for r in rows)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+PREFERENCES = [Preference(f"say {i}", "good", "bad") for i in range(12)]
+
+
+def test_the_loss_of_preferences_is_the_papers(base: Path) -> None:
+    start = load_base(base)
+    training = replace(TRAINING, batch_size=3)
+    objective = PreferenceTuning(start.model, start.tokenizer, PREFERENCES, [], training, files=None, beta=0.3)  # type: ignore[arg-type]
+    [part] = objective.parts(0)
+    torch.testing.assert_close(objective.loss(part), torch.tensor(2.0).log())  # the model is as it was
+
+    def logprob(model: Transformer, prompt: str, answer: str) -> torch.Tensor:
+        [row] = answers_of(start.tokenizer, Conversation.of(prompt, answer))
+        logits = model(torch.tensor([[*row.prompt, *row.answer]]))[0].log_softmax(-1)
+        return logits[len(row.prompt) - 1 : -1][range(len(row.answer)), row.answer].sum()
+
+    before = load_base(base).model
+    with torch.no_grad():
+        for parameter in start.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    expected = 0.0
+    for i in objective.order.batch(0):
+        example = PREFERENCES[i]
+        gains = [
+            logprob(start.model, example.prompt, answer) - logprob(before, example.prompt, answer)
+            for answer in (example.chosen, example.rejected)
+        ]
+        expected -= torch.nn.functional.logsigmoid(0.3 * (gains[0] - gains[1])) / 3
+    torch.testing.assert_close(objective.loss(part), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_preferred_answers_become_likelier_and_a_stopped_run_goes_on_exactly(base: Path, tmp_path: Path, lora) -> None:
+    config = FinetuneConfig("preference", lora=lora)
+    data = (PREFERENCES, PREFERENCES[:4])
+    result = finetune(load_base(base), data, tmp_path / "whole", config, TRAINING)
+    assert result.metrics["accuracy"] == 1.0
+    assert result.metrics["loss"] < 0.69
+    assert finetune(load_base(base), data, tmp_path / "run", config, TRAINING, should_stop=stop_after(7)).interrupted
+    finetune(load_base(base), data, tmp_path / "run", config, TRAINING)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
