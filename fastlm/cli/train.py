@@ -114,6 +114,12 @@ def command(
     parallel: Annotated[
         ParallelName, typer.Option("--parallel", help="Under torchrun: each process has all of the model, or a part.")
     ] = ParallelName.ddp,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Train nothing; find a rate in 100 steps, and draw <out>/rates.png.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write what log.jsonl holds for TensorBoard.")
+    ] = False,
     config: ConfigOption = None,
     resume: Annotated[
         bool | None,
@@ -174,10 +180,13 @@ def command(
         return existing
 
     world = World()
+    if find_lr:
+        _find_rate(out, plan(), as_json)
+        return
     with _nothing_left_behind(out) if world.is_main else nullcontext():
         description = world.from_main(plan)
         dataset = _recorded_data(out, description, None)
-        _run(out, description, dataset, started_at, parallel, world, as_json)
+        _run(out, description, dataset, started_at, parallel, world, tensorboard, as_json)
 
 
 @contextmanager
@@ -196,6 +205,32 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
         raise
 
 
+def _find_rate(out: Path, description: RunDescription, as_json: bool) -> None:
+    import torch
+
+    from fastlm.model import build_model
+    from fastlm.training.learning_rate_finder import find_learning_rate, plot_rates
+    from fastlm.training.trainer import LanguageModeling
+
+    torch.manual_seed(description.training.seed)
+    dataset = _recorded_data(out, description, None)
+    with status_console.status("finding a learning rate"):
+        objective = LanguageModeling(build_model(description.model), dataset, description.training)
+        search = find_learning_rate(objective, description.training)
+    rate = description.training.learning_rate
+    rates = {
+        "lr": float(f"{search.suggestion * rate:.2g}"),
+        "embedding_lr": float(f"{search.suggestion * description.training.embedding_learning_rate:.2g}"),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    plot_rates(search, rate, out / "rates.png")
+    if as_json:
+        print_json({"out": str(out), **rates, "factors": search.factors, "losses": search.losses})
+    else:
+        console.print(f"--lr {rates['lr']} --embedding-lr {rates['embedding_lr']}", highlight=False)
+        console.print(f"{out / 'rates.png'}: the loss against the rate", highlight=False, markup=False)
+
+
 def _run(
     out: Path,
     description: RunDescription,
@@ -203,6 +238,7 @@ def _run(
     started_at: float,
     parallel: ParallelName,
     world: World,
+    tensorboard: bool,
     as_json: bool,
 ) -> None:
     from fastlm.training import train
@@ -217,6 +253,7 @@ def _run(
             should_stop=lambda: stop["asked"],
             started_at=started_at,
             parallel=parallel.value,
+            tensorboard=tensorboard,
         )
     world.close()
     if not world.is_main:

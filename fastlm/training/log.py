@@ -7,21 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from fastlm._files import atomic_path, write_atomic
+from fastlm.errors import ConfigError
 
 
 class TrainingLog:
-    """Appends to log.jsonl. A run that goes on from a checkpoint drops the lines of steps after it."""
+    """Appends to log.jsonl. A run that goes on from a checkpoint drops the lines of steps after it.
 
-    def __init__(self, path: Path, *, keep_until_step: int) -> None:
+    With `tensorboard`, the numbers are also written for it, to the directory tensorboard beside the file. Raises
+    ConfigError when that package is not installed.
+    """
+
+    def __init__(self, path: Path, *, keep_until_step: int, tensorboard: bool = False) -> None:
+        self._board = _tensorboard(path.with_name("tensorboard"), keep_until_step) if tensorboard else None
         kept = [line for line in read_log(path) if line["step"] <= keep_until_step] if path.exists() else []
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, **values: Any) -> None:
         self._file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                    self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(directory: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("--tensorboard needs the tensorboard package: pip install tensorboard") from None
+    return SummaryWriter(str(directory), purge_step=first_step + 1)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -65,6 +65,7 @@ def run_loop(
     should_stop: Callable[[], bool] | None = None,
     started_at: float | None = None,
     parallel: Parallel = "ddp",
+    tensorboard: bool = False,
 ) -> tuple[TrainingState, Score | None]:
     """Trains until the steps or the time are used up; goes on from the last checkpoint in `out`, if there is one.
 
@@ -107,7 +108,7 @@ def run_loop(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     autocast = torch.autocast(parameters[0].device.type, dtype=dtype, enabled=dtype != torch.float32)
-    log = TrainingLog(out / "log.jsonl", keep_until_step=state.step) if world.is_main else None
+    log = TrainingLog(out / "log.jsonl", keep_until_step=state.step, tensorboard=tensorboard) if world.is_main else None
     clock = Clock(
         config,
         state,

@@ -136,13 +136,14 @@ def train(
     started_at: float | None = None,
     device: torch.device | str = "cpu",
     parallel: Parallel = "ddp",
+    tensorboard: bool = False,
 ) -> TrainingResult:
     """Trains a model and writes it to the directory `out`; goes on where an unfinished run of the same options stopped.
 
     Args:
         model_config: its vocabulary is that of `dataset.tokenizer`.
         out: gets config.json, model.safetensors, tokenizer.json (a model directory), log.jsonl, loss.png, result.json,
-            run.json and checkpoints/.
+            run.json and checkpoints/; with `tensorboard` also tensorboard/.
         on_progress: called often, in this thread.
         should_stop: asked after each step; when it says yes, a checkpoint is written and training returns.
         started_at: `time.monotonic()` at which `config.minutes` began to count; by default now.
@@ -179,6 +180,7 @@ def train(
         should_stop=should_stop,
         started_at=started_at,
         parallel=parallel,
+        tensorboard=tensorboard,
     )
     result = _result(objective, state, final)
     if final is not None and world.is_main:

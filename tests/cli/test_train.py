@@ -202,3 +202,15 @@ def test_several_prepared_directories_are_mixed_by_weight_and_go_on(fastlm, text
     assert fastlm("prepare", other, "--out", tmp_path / "d", "--vocab-size", 280).returncode == 0
     run = fastlm("train", "--data", tmp_path / "a", "--data", tmp_path / "d", "--out", tmp_path / "e", *size)
     assert "made with another tokenizer" in error_of(run)
+
+
+def test_a_rate_is_suggested_and_no_run_begins(fastlm, text_file: Path, tmp_path: Path) -> None:
+    assert fastlm("prepare", text_file, "--out", tmp_path / "data", "--vocab-size", 300).returncode == 0
+    run = fastlm(
+        "train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--find-lr", *OPTIONS.split(), "--json"
+    )
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout)
+    assert 1e-4 < said["lr"] < 4.0
+    assert (tmp_path / "run" / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -113,3 +113,30 @@ def test_activations_computed_again_give_the_same_run_from_fewer_bytes_kept(data
 def test_options_that_make_no_sense_are_refused(changes: dict, message: str, dataset: TokenDataset) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_a_rate_is_found_where_the_loss_falls(dataset: TokenDataset, tiny) -> None:
+    from fastlm.model import build_model
+    from fastlm.training.learning_rate_finder import find_learning_rate
+    from fastlm.training.trainer import LanguageModeling
+
+    torch.manual_seed(0)
+    config = replace(CONFIG, optimizer="adamw", learning_rate=1e-2, embedding_learning_rate=1e-2, steps=1)
+    search = find_learning_rate(LanguageModeling(build_model(tiny), dataset, config), config, steps=80)
+    assert 1e-2 < search.suggestion < 30.0  # that is, from 1e-4 to 0.3
+    assert min(search.losses) < search.losses[0] - 0.3
+    at = search.factors.index(search.suggestion)
+    assert search.losses[at] > min(search.losses)  # before the lowest point
+
+
+def test_what_is_logged_is_there_for_tensorboard(dataset: TokenDataset, tiny, tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny, replace(CONFIG, steps=4), dataset, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx(list(losses(tmp_path).values()), rel=1e-6)
+    assert events.Scalars("valid_loss")
