@@ -43,7 +43,7 @@ def chat(monkeypatch, capfdbinary, directory: Path, lines: bytes, *options: obje
 def test_lines_from_a_pipe_are_answered_and_the_conversation_is_remembered(directory, monkeypatch, capfdbinary) -> None:
     asked: list[list[dict]] = []
 
-    def seen(tokenizer, messages):
+    def seen(tokenizer, messages, tools):
         asked.append([dict(m) for m in messages])
         from fastlm.inference.chat import ChatPrompt
 
