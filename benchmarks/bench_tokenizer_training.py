@@ -92,8 +92,7 @@ def _train(path: str, vocab_size: int) -> Merges:
 
 def _train_by_line(path: str, vocab_size: int) -> Merges:
     """Each line as a text of its own, as the peers read files: a line end and the next line's indent are one word."""
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        return BpeTrainer(vocab_size, pattern="gpt2").train_from_iterator(lines).merges or []
+    return BpeTrainer(vocab_size, pattern="gpt2").train(path, by_line=True).merges or []
 
 
 def _train_tokenizers(path: str, vocab_size: int) -> Merges:

@@ -13,12 +13,13 @@ namespace {
 
 using namespace tokenizer;
 
-std::optional<std::pair<size_t, size_t>> add_texts(WordCounter& counter, const std::vector<py::bytes>& texts) {
+std::optional<std::pair<size_t, size_t>> add_texts(WordCounter& counter, const std::vector<py::bytes>& texts,
+                                                   bool by_line) {
     const std::vector<std::string_view> views(texts.begin(), texts.end());
     std::optional<InvalidUtf8> invalid;
     {
         py::gil_scoped_release release;
-        invalid = counter.add(views);
+        invalid = counter.add(views, by_line);
     }
     if (!invalid) return std::nullopt;
     return std::pair{invalid->text, invalid->offset};
@@ -58,13 +59,14 @@ void bind_tokenizer_train(py::module_& m) {
              }),
              py::arg("pattern"), py::arg("num_threads"), py::arg("most_bytes") = 0,
              "`most_bytes` limits the memory of the counts: the rarest words make room. 0 sets no limit.")
-        .def("add", &add_texts, py::arg("texts"),
+        .def("add", &add_texts, py::arg("texts"), py::arg("by_line") = false,
              "Counts complete UTF-8 texts. Returns None, or (index of the text, byte offset) of the first invalid one, "
              "and then counts none of them.")
         .def("train", &train, py::arg("vocab_size"), py::arg("min_frequency"), py::arg("byte_ids"),
              py::arg("first_new_id"), py::arg("known_tokens"), py::arg("progress"),
              "Returns [(left id, right id, id of the merged token)] and empties the counter. `progress` may be None; "
              "it gets the number of ids in use about ten times a second, and training ends with what it raises.")
+        .def_property_readonly("total_bytes", &WordCounter::total_bytes)
         .def_property_readonly("total_words", &WordCounter::total_words)
         .def_property_readonly("forgotten_words", &WordCounter::forgotten_words)
         .def_property_readonly("distinct_words", &WordCounter::distinct_words);

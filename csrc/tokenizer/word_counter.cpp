@@ -39,14 +39,19 @@ struct Piece {
     size_t offset;
 };
 
-std::vector<Piece> split_into_pieces(std::span<const std::string_view> texts) {
+// The longest prefix that may be counted apart from the rest; 0 when there is none.
+size_t cut_of(std::string_view text, bool by_line) {
+    return by_line ? text.rfind('\n') + 1 : last_safe_cut(text);  // npos + 1 is 0
+}
+
+std::vector<Piece> split_into_pieces(std::span<const std::string_view> texts, bool by_line) {
     std::vector<Piece> pieces;
     for (size_t t = 0; t < texts.size(); ++t) {
         size_t begin = 0;
         size_t window = kPieceBytes;
         while (begin < texts[t].size()) {
             const std::string_view rest = texts[t].substr(begin);
-            const size_t cut = rest.size() <= window ? rest.size() : last_safe_cut(rest.substr(0, window));
+            const size_t cut = rest.size() <= window ? rest.size() : cut_of(rest.substr(0, window), by_line);
             if (cut == 0) {
                 window *= 2;
                 continue;
@@ -57,6 +62,19 @@ std::vector<Piece> split_into_pieces(std::span<const std::string_view> texts) {
         }
     }
     return pieces;
+}
+
+// Where the units of a thread's work begin in `pieces`, and the end of the last: short texts are counted together.
+std::vector<size_t> bounds_of_units(std::span<const Piece> pieces) {
+    std::vector<size_t> bounds{0};
+    size_t bytes = 0;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        bytes += pieces[i].bytes.size();
+        if (bytes < kPieceBytes && i + 1 < pieces.size()) continue;
+        bounds.push_back(i + 1);
+        bytes = 0;
+    }
+    return bounds;
 }
 
 // Runs work(0) … work(n - 1), each on a thread of its own, and rethrows the first exception.
@@ -152,42 +170,51 @@ WordCounter::WordCounter(Pattern pattern, unsigned num_threads, size_t most_byte
       round_tables_(std::max(1u, num_threads)),
       shards_(kShards) {}
 
-std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> texts) {
+std::optional<InvalidUtf8> WordCounter::add(std::span<const std::string_view> texts, bool by_line) {
     size_t total_bytes = 0;
     for (std::string_view text : texts) {
         // Lengths of words are 32 bits wide.
         if (text.size() > UINT32_MAX) throw std::length_error("one text is longer than 4 GiB");
         total_bytes += text.size();
     }
-    const std::vector<Piece> pieces = split_into_pieces(texts);
-    const size_t num_threads =
-        total_bytes < kParallelFromBytes ? 1 : std::min(round_tables_.size(), pieces.size());
+    const std::vector<Piece> pieces = split_into_pieces(texts, by_line);
+    const std::vector<size_t> bounds = bounds_of_units(pieces);
+    const size_t num_units = bounds.size() - 1;
+    const size_t num_threads = total_bytes < kParallelFromBytes ? 1 : std::min(round_tables_.size(), num_units);
 
-    std::atomic<size_t> next_piece{0};
+    std::atomic<size_t> next_unit{0};
     std::atomic<uint64_t> num_words{0};
-    std::vector<std::optional<InvalidUtf8>> invalid(pieces.size());
+    std::vector<std::optional<InvalidUtf8>> invalid(num_units);
     run_on_threads(num_threads, [&](size_t thread) {
         WordTable& table = round_tables_[thread];
         table.clear();
         uint64_t words = 0;
-        for (size_t i; (i = next_piece.fetch_add(1)) < pieces.size();) {
-            if (const auto offset = find_invalid_utf8(pieces[i].bytes)) {
-                invalid[i] = {pieces[i].text, pieces[i].offset + *offset};
-                return;
+        for (size_t unit; (unit = next_unit.fetch_add(1)) < num_units;) {
+            for (size_t i = bounds[unit]; i < bounds[unit + 1]; ++i) {
+                const std::string_view bytes = pieces[i].bytes;
+                if (const auto offset = find_invalid_utf8(bytes)) {
+                    invalid[unit] = {pieces[i].text, pieces[i].offset + *offset};
+                    return;
+                }
+                for (size_t begin = 0; begin < bytes.size();) {
+                    const size_t line_end = by_line ? bytes.find('\n', begin) : std::string_view::npos;
+                    const size_t end = line_end == std::string_view::npos ? bytes.size() : line_end + 1;
+                    split(pattern_, scanner_, bytes.data() + begin, end - begin, [&](const char* data, size_t length) {
+                        if (length > kMostWordBytes) throw std::length_error("a word is longer than 16 MiB");
+                        const std::string_view word{data, length};
+                        table.add(word, hash_bytes(word), 1, [](std::string_view added) { return added.data(); });
+                        ++words;
+                    });
+                    begin = end;
+                }
             }
-            const char* text = pieces[i].bytes.data();
-            split(pattern_, scanner_, text, pieces[i].bytes.size(), [&](const char* data, size_t length) {
-                if (length > kMostWordBytes) throw std::length_error("a word is longer than 16 MiB");
-                const std::string_view word{data, length};
-                table.add(word, hash_bytes(word), 1, [](std::string_view bytes) { return bytes.data(); });
-                ++words;
-            });
         }
         num_words += words;
     });
     for (const auto& error : invalid)
         if (error) return error;
 
+    total_bytes_ += total_bytes;
     total_words_ += num_words;
     run_on_threads(num_threads, [&](size_t thread) {
         for (size_t t = 0; t < num_threads; ++t) {

@@ -97,9 +97,11 @@ public:
     // `most_bytes` is the limit of the store; 0 is none.
     WordCounter(Pattern pattern, unsigned num_threads, size_t most_bytes = 0);
 
-    // Counts texts that have nothing to do with each other. When one is not UTF-8, says where, and counts none.
-    std::optional<InvalidUtf8> add(std::span<const std::string_view> texts);
+    // Counts texts that have nothing to do with each other; with `by_line`, each line of them, its end included, is
+    // one. When one is not UTF-8, says where, and counts none.
+    std::optional<InvalidUtf8> add(std::span<const std::string_view> texts, bool by_line = false);
 
+    uint64_t total_bytes() const { return total_bytes_; }
     uint64_t total_words() const { return total_words_; }  // those that were forgotten too
     uint64_t distinct_words() const;
     uint64_t forgotten_words() const { return forgotten_words_; }
@@ -135,6 +137,7 @@ private:
     Pattern pattern_;
     Scanner scanner_;
     size_t most_bytes_;
+    uint64_t total_bytes_ = 0;
     uint64_t total_words_ = 0;
     uint64_t forgotten_words_ = 0;
     std::vector<WordTable> round_tables_;  // one for each thread

@@ -36,6 +36,9 @@ def command(
     field: Annotated[
         str | None, typer.Option("--field", help="The files are JSON lines; each text is the value of this field.")
     ] = None,
+    by_line: Annotated[
+        bool, typer.Option("--by-line", help="Each line is a text of its own, as Hugging Face's trainer reads files.")
+    ] = False,
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="Most memory to take, such as 1GB; past it the rarest words are forgotten."),
@@ -60,7 +63,7 @@ def command(
         memory=None if memory is None else _bytes_of(memory),
     )
     with _ProgressBars() as bars:
-        tokenizer = trainer.train(data, field=field, progress=bars.update)
+        tokenizer = trainer.train(data, field=field, by_line=by_line, progress=bars.update)
     report = trainer.report
     assert report is not None
     sample = _sample(data[0], field)

@@ -45,6 +45,7 @@ class Chunk:
     path: Path | None = None
     offset: int = 0  # of the one text in its file
     first_index: int = 0  # of the first text among the iterator's
+    by_line: bool = False  # each line is a text
 
     def too_long(self, what: str) -> DataError:
         where = f"{self.path}, from offset {self.offset}" if self.path else f"texts from {self.first_index}"
@@ -66,10 +67,11 @@ def total_bytes(paths: Iterable[Path]) -> int | None:
     return sum(known) if len(known) == len(sizes) else None
 
 
-def read_files(paths: Iterable[Path], field: str | None = None) -> Iterator[Chunk]:
+def read_files(paths: Iterable[Path], field: str | None = None, *, by_line: bool = False) -> Iterator[Chunk]:
     """The text of files one after the other. `-` is standard input; `.gz` and `.zst` are decompressed as they are read.
 
     With `field`, every file holds one JSON object a line, each of which is a text of its own: the value of that field.
+    With `by_line`, each line of a file, its end included, is a text of its own.
 
     Raises:
         DataError: a file is missing or damaged, a line is no JSON object with the field, or `.zst` needs a package.
@@ -79,7 +81,7 @@ def read_files(paths: Iterable[Path], field: str | None = None) -> Iterator[Chun
         if field is None and inner.suffix in JSON_LINES:
             raise DataError(f"{path}: JSON lines; say which field holds the text: --field text")
         with open_stream(path) as stream:
-            yield from _read_text(path, stream) if field is None else _read_json_lines(path, stream, field)
+            yield from _read_text(path, stream, by_line) if field is None else _read_json_lines(path, stream, field)
 
 
 def gather(texts: Iterable[str]) -> Iterator[Chunk]:
@@ -89,8 +91,14 @@ def gather(texts: Iterable[str]) -> Iterator[Chunk]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"text {index} is a {type(text).__name__}, not a str")
-        group.append(_encoded(text, f"text {index}"))
-        size += len(group[-1])
+        try:  # here and not by _encoded: there may be millions of short texts
+            data = text.encode()
+        except UnicodeEncodeError:
+            data = b""
+        if len(data) > MAX_TEXT_BYTES or not data:
+            data = _encoded(text, f"text {index}")  # which says what is wrong
+        group.append(data)
+        size += len(data)
         if size >= CHUNK_BYTES:
             yield Chunk(group, first_index=first_index)
             group, size, first_index = [], 0, index + 1
@@ -228,7 +236,7 @@ class _Zstd:
         return b"".join(parts)
 
 
-def _read_text(path: Path, stream: Reader) -> Iterator[Chunk]:
+def _read_text(path: Path, stream: Reader, by_line: bool) -> Iterator[Chunk]:
     last_safe_cut = native().last_safe_cut
     rest, offset = b"", 0
     while block := stream.read(max(CHUNK_BYTES, len(rest))):
@@ -238,12 +246,12 @@ def _read_text(path: Path, stream: Reader) -> Iterator[Chunk]:
                 f"{path}: no line end and no space between words in {MAX_TEXT_BYTES:,} bytes from offset "
                 f"{offset}; put line ends into the text"
             )
-        cut = last_safe_cut(rest)
+        cut = rest.rfind(b"\n") + 1 if by_line else last_safe_cut(rest)
         if cut:
-            yield Chunk([rest[:cut]], path, offset)
+            yield Chunk([rest[:cut]], path, offset, by_line=by_line)
             rest, offset = rest[cut:], offset + cut
     if rest:
-        yield Chunk([rest], path, offset)
+        yield Chunk([rest], path, offset, by_line=by_line)
 
 
 def _read_json_lines(path: Path, stream: Reader, field: str) -> Iterator[Chunk]:

@@ -101,18 +101,21 @@ class BpeTrainer:
         paths: str | Path | Sequence[str | Path],
         *,
         field: str | None = None,
+        by_line: bool = False,
         progress: ProgressCallback | None = None,
     ) -> Tokenizer:
         """Trains on UTF-8 text files, each read as one text, in chunks, so that memory does not grow with their size.
 
         `-` is standard input; `.gz` and `.zst` are decompressed. With `field`, files hold one JSON object a line, and
         each value of that field is a text of its own. The result does not depend on the chunks; a file without any
-        place to cut is read whole. Line ends are part of the text, as they are when it is encoded.
+        place to cut is read whole. Line ends are part of the text, as they are when it is encoded; with `by_line` each
+        line, its end included, is a text of its own, which is how Hugging Face's trainer reads files.
 
         `progress` is called after each chunk and about ten times a second while merging. What it raises ends
         training, and so does Ctrl-C.
 
         Raises:
+            ConfigError: both `field` and `by_line` are given.
             DataError: a file is missing, a directory, empty, damaged, or not UTF-8 (with the byte offset), a line is
                 no JSON object with the field, or a word is longer than 16 MiB.
         """
@@ -121,7 +124,9 @@ class BpeTrainer:
             raise DataError("no file to train on was given")
         if files.count(STDIN) > 1:
             raise DataError("standard input (-) is given twice; it can be read once")
-        return self._run(read_files(files, field), total_bytes(files), progress)
+        if field is not None and by_line:
+            raise ConfigError("by_line is for files of text; with a field, each of its values is a text")
+        return self._run(read_files(files, field, by_line=by_line), total_bytes(files), progress)
 
     def train_from_iterator(self, texts: Iterable[str], *, progress: ProgressCallback | None = None) -> Tokenizer:
         """Trains on strings, each a text of its own: no merge depends on where one ends and the next begins.
@@ -165,17 +170,15 @@ class BpeTrainer:
         counter_bytes = int((self.memory or 0) * COUNTER_SHARE)
         counter = native().WordCounter(self.pattern, min(_num_processors(), MAX_THREADS), counter_bytes)
         started = time.perf_counter()
-        bytes_read = 0
         for chunk in chunks:
             try:
-                invalid = counter.add(chunk.texts)
+                invalid = counter.add(chunk.texts, chunk.by_line)
             except ValueError as error:
                 raise chunk.too_long(str(error)) from None
             if invalid is not None:
                 raise chunk.invalid_utf8(*invalid)
-            bytes_read += sum(map(len, chunk.texts))
             if progress is not None:
-                progress(TrainingProgress("reading", bytes_read, size))
+                progress(TrainingProgress("reading", counter.total_bytes, size))
         words, distinct_words = counter.total_words, counter.distinct_words
         forgotten_words = counter.forgotten_words
         if words == 0:
@@ -210,7 +213,7 @@ class BpeTrainer:
                 )
             tokens.append(tokens[left] + tokens[right])
         self.report = TrainingReport(
-            bytes_read=bytes_read,
+            bytes_read=counter.total_bytes,
             words=words,
             distinct_words=distinct_words,
             forgotten_words=forgotten_words,

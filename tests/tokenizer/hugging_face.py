@@ -6,6 +6,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -38,12 +39,13 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def train(
-    texts: Iterable[str],
+    texts: Iterable[str] | Path,
     pattern: str,
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     min_frequency: int = 0,
 ) -> Tokenizer:
+    """`texts` may be the path of one file, which it reads in its own way."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +56,10 @@ def train(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    if isinstance(texts, Path):
+        tokenizer.train([str(texts)], trainer)
+    else:
+        tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

@@ -68,6 +68,22 @@ def test_repetitive_words_equal_hugging_face(text: str) -> None:
     assert_equals_hugging_face([text], "cl100k", 300, ["<|endoftext|>"])
 
 
+@pytest.mark.parametrize("pattern", hf.PATTERNS)
+def test_files_read_by_line_equal_hugging_faces_reading(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_seed: int
+) -> None:
+    rng = random.Random(fresh_seed)
+    path = tmp_path / "text.txt"
+    for ending in ("\n", "\r\n", "\n\n\n", "\n    "):
+        lines = [hf.random_text(rng, rng.randrange(40)) for _ in range(60)]
+        path.write_text(ending.join(["class A:", *lines, "    def f(self):", ""]), "utf-8", newline="")
+        expected = hf.merges_of(hf.train(path, pattern, 600))
+        for chunk_bytes in (1, 300, 1 << 20):
+            monkeypatch.setattr(text_reader, "CHUNK_BYTES", chunk_bytes)
+            ours = BpeTrainer(600, pattern=pattern, special_tokens=()).train(path, by_line=True)
+            assert [(to_chars(a), to_chars(b)) for a, b in ours.merges or []] == expected, (ending, chunk_bytes)
+
+
 def test_real_text_equals_hugging_face(shared_data: Path | None) -> None:
     assert_equals_hugging_face([real_text(shared_data)], "cl100k", 4000, ["<|endoftext|>"])
 
