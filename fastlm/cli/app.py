@@ -36,6 +36,7 @@ COMMANDS = (
     "chat",
     "serve",
     "eval",
+    "lab",
     "bench",
 )
 

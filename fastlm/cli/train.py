@@ -34,6 +34,7 @@ class Architecture(str, Enum):
     transformer = "transformer"
     lstm = "lstm"
     gru = "gru"
+    rnn = "rnn"
 
 
 class PresetName(str, Enum):

@@ -1,4 +1,4 @@
-"""LSTM and GRU language models with the transformer's interface, to compare the two."""
+"""RNN, LSTM and GRU language models with the transformer's interface, to compare the two."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastlm.errors import ConfigError
 from fastlm.model.config import require_positive
 from fastlm.nn import LinearCrossEntropyLoss
 
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
 @dataclass(frozen=True)
 class RNNConfig:
-    """A recurrent language model; the output layer is the embedding table. `cell` is "lstm" or "gru"."""
+    """A recurrent language model; the output layer is the embedding table. `cell` is "rnn", "lstm" or "gru"."""
 
     vocab_size: int
     hidden_size: int
@@ -86,9 +86,9 @@ class RNNState:
 
 
 class RNNLanguageModel(nn.Module):
-    """Embedding, LSTM or GRU layers, output layer tied to the embedding.
+    """Embedding, Elman, LSTM or GRU layers, output layer tied to the embedding.
 
-    Hochreiter and Schmidhuber 1997 (LSTM); Cho et al. 2014 (GRU).
+    Elman 1990 (RNN); Hochreiter and Schmidhuber 1997 (LSTM); Cho et al. 2014 (GRU).
     """
 
     def __init__(self, config: RNNConfig) -> None:

@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_earlier_file_whole(saved: Path, monkeypatch: 
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_a_recurrent_model_is_saved_and_loaded_with_equal_logits(tmp_path: Path, cell: str) -> None:
     model = RNNLanguageModel(RNNConfig(61, 24, 2, 32, cell)).eval()
     randomise(model)

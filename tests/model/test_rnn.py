@@ -7,7 +7,7 @@ from fastlm.errors import ConfigError
 from fastlm.model import RNNConfig, RNNLanguageModel
 
 
-@pytest.fixture(params=["lstm", "gru"])
+@pytest.fixture(params=["rnn", "lstm", "gru"])
 def model(request: pytest.FixtureRequest) -> RNNLanguageModel:
     return RNNLanguageModel(RNNConfig(50, 24, 2, 16, request.param))
 
