@@ -224,6 +224,7 @@ class _Vocabulary:
         values = self.get(key, list)
         if not values:
             self.fail(f"has no tokenizer.ggml.{key}")
+        del self.metadata[f"tokenizer.ggml.{key}"]  # decoded once: both together would be twice the memory
         try:
             return [value.decode() for value in values]
         except (AttributeError, UnicodeDecodeError):
