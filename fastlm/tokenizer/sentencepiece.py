@@ -177,7 +177,14 @@ class SentencePieceTokenizer(Tokenizer):
         unknown = None if self.unknown is None else self.pieces.get(self.unknown)
         try:
             return native().SentencePieceEncoder(
-                ((piece.encode(), i) for piece, i in pieces), merges, scores, self._byte_ids, unknown, self.fuse_unknown, True, self.spaces.split
+                ((piece.encode(), i) for piece, i in pieces),
+                merges,
+                scores,
+                self._byte_ids,
+                unknown,
+                self.fuse_unknown,
+                True,
+                self.spaces.split,
             )
         except (ValueError, TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(f"{self.name}: this vocabulary cannot be used: {error}") from None
