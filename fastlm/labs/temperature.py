@@ -22,7 +22,7 @@ NEAR = 2.0  # percentage points
 DRAWS = 20_000
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 BARS = (0.3, 0.7, 1.0, 2.0)
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 8, 40
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 8, 60
 
 
 def draws(logits: Tensor, temperature: float, count: int, seed: int) -> Tensor:
@@ -112,6 +112,12 @@ def _one_step(lab: Workbench) -> None:
         bars_by_group(axes[0, 0], names, {f"T={T}": shares[T] for T in BARS})
         axes[0, 0].set_ylabel(lab.label("확률 (%)", "probability (%)"))
         axes[0, 0].set_title(lab.label(f"“{prompt} …”", f"“{prompt} …”"))
+    written = llm.generate([prompt] * 5, [SamplingParams(40, temperature=T, seed=lab.seed) for T in SWEEP[::2]])
+    lab.table(
+        lab.say(f"“{prompt}” 다음에 쓴 글", f"Written after “{prompt}”"),
+        [lab.say("온도", "T"), lab.say("글", "text")],
+        [[T, " ".join(completion.text.split())] for T, completion in zip(SWEEP[::2], written, strict=True)],
+    )
     lab.number("one_step", {"prompt": prompt, "tokens": names, "percent": {str(T): s for T, s in shares.items()}})
 
 
@@ -140,12 +146,6 @@ def _sweep(lab: Workbench) -> None:
         lab.say("온도에 따라 달라지는 것", "What changes with the temperature"),
         [lab.say("온도", "T"), *_measures(lab)],
         [[T, entropies[T], *map(str, found[T])] for T in SWEEP],
-    )
-    beginning = llm.tokenizer.decode(prompts[0][1:])
-    lab.table(
-        lab.say(f"“{beginning}” 다음에 쓴 글", f"Written after “{beginning}”"),
-        [lab.say("온도", "T"), ""],
-        [[T, " ".join(texts[T, seeds[0]][0].text.split())] for T in SWEEP[::2]],
     )
     _draw_sweep(lab, entropies, found, human)
     _judge_sweep(lab, found, human)
