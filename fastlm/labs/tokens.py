@@ -171,13 +171,12 @@ def _vocabulary_sizes(lab: Workbench) -> None:
         [list(row) for row in zip(sizes, korean, english, [None, *saved], strict=True)],
     )
     lab.number("sizes", {"vocab_size": sizes, "ko": korean, "en": english})
-    title = lab.say("어휘를 키우면 글이 짧아진다", "A larger vocabulary shortens texts")
-    with lab.picture("sizes", title, width=5) as axes:
+    with lab.picture("sizes", lab.say("어휘를 키우면 글이 짧아진다", "A larger vocabulary shortens texts")) as axes:
         axes[0, 0].plot(sizes, korean, "o-", label=lab.label("한국어", "Korean"))
         axes[0, 0].plot(sizes, english, "s-", label=lab.label("영어", "English"))
         axes[0, 0].set_xscale("log", base=2)
         axes[0, 0].set_xlabel(lab.label("어휘의 크기", "size of the vocabulary"))
-        axes[0, 0].set_ylabel(lab.label("한 문장의 토큰", "tokens of a sentence"))
+        axes[0, 0].set_ylabel(lab.label("문장당 토큰", "tokens a sentence"))
         axes[0, 0].legend()
     listed = ", ".join(f"{s:.1f}" for s in saved)
     lab.finding(
