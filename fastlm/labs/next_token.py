@@ -121,17 +121,21 @@ def _tell(lab: Workbench, readings: dict[int, list[Reading]], held_out: HeldOut)
         lab.say(f"perplexity {first[0]}, 어휘 {VOCAB_SIZE:,}개.", f"Perplexity {first[0]} with {VOCAB_SIZE:,} tokens."),
     )
     falling = all(later.perplexity < earlier.perplexity for run in runs for earlier, later in pairwise(run))
+    order = last[5].mean > unigram  # of shuffled tokens no frequency has changed
     lab.finding(
         lab.say(
-            "배울수록 perplexity가 줄고, 끝에는 바로 앞 토큰만 보고 세는 것(bigram)보다 낫다",
-            "Perplexity falls from moment to moment, and ends below that of counting pairs of neighbours (bigrams)",
+            "배울수록 perplexity가 줄어 끝에는 바로 앞 토큰만 보고 세는 것(bigram)보다 낫고, 토큰을 섞으면 쓸모가 없다",
+            "Perplexity falls from moment to moment, ends below that of counting pairs of neighbours (bigrams), and "
+            "nothing of it is left on shuffled tokens",
         ),
-        falling and last[0].mean + last[0].deviation < bigram,
+        falling and last[0].mean + last[0].deviation < bigram and order,
         lab.say(
             f"{first[0].mean:,.0f}에서 {last[0]}까지 줄었습니다. 빈도만 세면 {unigram:.0f}, bigram은 "
-            f"{bigram:.0f}입니다. 토큰을 섞은 글에서는 {last[5]}로 빈도만 못하니, 배운 것은 차례입니다.",
+            f"{bigram:.0f}입니다. 토큰을 섞은 글에서는 {last[5]}로 빈도만 셀 때보다 "
+            f"{'나쁩니다. 배운 것은 차례입니다' if order else '낫습니다'}.",
             f"It fell from {first[0].mean:,.0f} to {last[0]}; counting frequencies gives {unigram:.0f}, bigrams "
-            f"{bigram:.0f}. On shuffled tokens it is {last[5]}, worse than frequencies: what was learned is order.",
+            f"{bigram:.0f}. On shuffled tokens it is {last[5]}, "
+            f"{'worse than frequencies: order is what was learned' if order else 'better than frequencies'}.",
         ),
     )
     nearest = [(_nearest(run, steps, "from_unigram"), _nearest(run, steps, "from_bigram")) for run in runs]
@@ -209,7 +213,7 @@ def _show_guesses(lab: Workbench, dataset: TokenDataset, guesses: dict[int, Tens
     title = lab.say("한 문장의 자리마다 짐작한 것", "What was expected at each place of a sentence")
     with lab.picture("guesses", title, width=11, height=2.6) as axes:
         chances = torch.stack([guesses[step].gather(1, right[:, None])[:, 0] for step in shown])
-        image = axes[0, 0].imshow(chances, cmap="Blues", vmin=0, aspect="auto")
+        image = axes[0, 0].imshow(chances.numpy(), cmap="Blues", vmin=0, aspect="auto")
         for y, step in enumerate(shown):
             for x, token in enumerate(guesses[step].argmax(-1).tolist()):
                 color = "white" if chances[y, x] > 0.6 * chances.max() else "black"
