@@ -1,8 +1,8 @@
 """Learning from examples in the prompt: no weight changes, and yet the answers may. What do the examples teach?
 
-A model is asked with 0 to 16 examples, in random order, and again with the labels of the same examples shuffled: what it
-still gains then is no mapping, but the look of the question. A small model shows where copying from context comes from:
-two layers of attention can form an induction head (Olsson et al. 2022), one cannot.
+A model is asked with 0 to 16 examples, in random order, and again with the labels of the same examples shuffled: what
+it still gains then is no mapping, but the look of the question. A small model shows where copying from context comes
+from: two layers of attention can form an induction head (Olsson et al. 2022), one cannot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from fastlm.training import TrainingConfig
 SHOTS = (0, 1, 2, 4, 8, 16)
 QUESTIONS = 24
 LONGEST_REVIEW = 40  # characters, so that sixteen of them are read quickly
-INDUCTION_STEPS = 500
+INDUCTION_STEPS = 350
+INDUCTION_RATE = 0.02
 SYMBOLS = 64
 LENGTH = 64
 PERIODS = range(8, 25)  # a repetition at one distance alone could be copied by place, without looking at content
@@ -48,10 +49,10 @@ class Task:
 def run(lab: Workbench) -> None:
     lab.note(
         lab.say(
-            "보기가 늘 때 정답률이 오르는지, 이름표를 뒤섞어도 그만큼 오르는지 견주어 보십시오. 뒤섞어도 오르는 몫은 모델이 "
-            "짝을 배운 것이 아니라 묻는 모양에 익숙해진 것입니다.",
-            "See whether more examples bring more right answers, and whether shuffled labels bring as many. What shuffled "
-            "labels bring is no learning of the pairs, but getting used to the look of the question.",
+            "보기가 늘 때 정답률이 오르는지, 이름표를 뒤섞어도 그만큼 오르는지 견주어 보십시오. 뒤섞어도 오르는 몫은 "
+            "모델이 짝을 배운 것이 아니라 묻는 모양에 익숙해진 것입니다.",
+            "See whether more examples bring more right answers, and whether shuffled labels bring as many. What "
+            "shuffled labels bring is no learning of the pairs, but getting used to the look of the question.",
         )
     )
     with lab.part("프롬프트의 보기", "examples in the prompt"):
@@ -127,11 +128,11 @@ def ask(lab: Workbench, llm: LLM) -> None:
             plain, calibrated = intervals[task.english, count, "true"]
             shuffled = intervals[task.english, count, "shuffled"][1]
             name = lab.say(task.korean, task.english)
-            rows.append([name, count, str(plain), str(calibrated) if task.labels else "", str(shuffled)])
+            rows.append([name, count, shares(plain), shares(calibrated) if task.labels else "", shares(shuffled)])
     lab.table(
         lab.say(
             f"정답률과 95% 구간: 질문 {QUESTIONS}개, 보기 순서 {len(seeds)}가지 (씨앗 {seeds})",
-            f"Share of right answers, 95 % interval: {QUESTIONS} questions, {len(seeds)} drawings of examples (seeds {seeds})",
+            f"Share of right answers, 95 % interval: {QUESTIONS} questions, seeds {seeds} draw examples",
         ),
         [
             lab.say("일", "task"),
@@ -145,6 +146,10 @@ def ask(lab: Workbench, llm: LLM) -> None:
     draw_curves(lab, chosen, intervals)
     for task in chosen:
         judge(lab, task, found)
+
+
+def shares(interval: Interval) -> str:
+    return f"{interval.value:.0%} [{interval.low:.0%}–{interval.high:.0%}]"
 
 
 def draw_curves(lab: Workbench, chosen: list[Task], intervals: dict[tuple[str, int, str], list[Interval]]) -> None:
@@ -218,7 +223,13 @@ def induction(lab: Workbench) -> None:
             context_length=LENGTH,
         )
         for seed in lab.seeds():
-            config = TrainingConfig(steps=lab.size(INDUCTION_STEPS, 4 * INDUCTION_STEPS), batch_size=32, seed=seed)
+            config = TrainingConfig(
+                steps=lab.size(INDUCTION_STEPS, 4 * INDUCTION_STEPS),
+                batch_size=32,
+                learning_rate=INDUCTION_RATE,
+                embedding_learning_rate=INDUCTION_RATE,
+                seed=seed,
+            )
             out = lab.run_directory(f"induction-{layers}-{seed}")
             model = train_on_episodes(model_config, repeated, config, out, on_progress=lab.on_progress)
             test = repeated(np.random.default_rng([seed, 1 << 20]), 128)
