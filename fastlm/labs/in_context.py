@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastlm.inference import LLM, SamplingParams
-from fastlm.labs.data_in_context import ANIMALS, PAIRS, TOOLS
-from fastlm.labs.episodes import IGNORED, Episodes, logits_of, train_on_episodes
+from fastlm.labs.data_in_context import ANIMALS, LENGTH, PAIRS, SYMBOLS, TOOLS, repeated
+from fastlm.labs.episodes import IGNORED, logits_of, train_on_episodes
 from fastlm.labs.statistics import Interval, bootstrap, spread
 from fastlm.labs.workbench import Workbench
 from fastlm.model import ModelConfig
@@ -27,9 +27,6 @@ QUESTIONS = 24
 LONGEST_REVIEW = 40  # characters, so that sixteen of them are read quickly
 INDUCTION_STEPS = 350
 INDUCTION_RATE = 0.02
-SYMBOLS = 64
-LENGTH = 64
-PERIODS = range(8, 25)  # a repetition at one distance alone could be copied by place, without looking at content
 
 Example = tuple[str, str]
 Labels = Literal["true", "shuffled"]
@@ -195,18 +192,6 @@ def judge(lab: Workbench, task: Task, found: dict[tuple[str, int, str], tuple[li
             f"Right and shuffled labels differ by {matter}.",
         ),
     )
-
-
-def repeated(generator: np.random.Generator, rows: int) -> Episodes:
-    """Random symbols that repeat with a period of their own; scored where the one before has occurred already."""
-    inputs = np.zeros((rows, LENGTH + 1), dtype=np.int64)
-    targets = np.full((rows, LENGTH), IGNORED, dtype=np.int64)
-    for row in range(rows):
-        period = int(generator.choice(PERIODS))
-        pattern = generator.permutation(SYMBOLS)[:period]
-        inputs[row] = np.resize(pattern, LENGTH + 1)
-        targets[row, period:] = inputs[row, period + 1 :]
-    return Episodes(torch.from_numpy(inputs[:, :-1]), torch.from_numpy(targets))
 
 
 def induction(lab: Workbench) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fastlm.labs import in_context
-from fastlm.labs.data_in_context import ANIMALS, PAIRS, TOOLS
+from fastlm.labs.data_in_context import ANIMALS, PAIRS, TOOLS, repeated
 from fastlm.labs.episodes import IGNORED
-from fastlm.labs.in_context import Task, draw, induction, prompt, repeated
+from fastlm.labs.in_context import Task, draw, induction, prompt
 from fastlm.labs.workbench import Workbench
 
 INVENTED = Task("", "", "{} ->", [(x, "zib") for x in ANIMALS] + [(x, "kov") for x in TOOLS], ("zib", "kov"))
