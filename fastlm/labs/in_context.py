@@ -17,6 +17,7 @@ import torch
 from fastlm.inference import LLM, SamplingParams
 from fastlm.labs.data_in_context import ANIMALS, LENGTH, PAIRS, SYMBOLS, TOOLS, repeated
 from fastlm.labs.episodes import IGNORED, logits_of, train_on_episodes
+from fastlm.labs.result import Cell
 from fastlm.labs.statistics import Interval, bootstrap, spread
 from fastlm.labs.workbench import Workbench
 from fastlm.model import ModelConfig
@@ -119,7 +120,7 @@ def ask(lab: Workbench, llm: LLM) -> None:
         results = [right_answers(llm, task, count, seed, labels) for seed in seeds]  # type: ignore[arg-type]
         found[task.english, count, labels] = ([r for a, _ in results for r in a], [r for _, b in results for r in b])
     intervals = {key: [bootstrap(r, seed=lab.seed) for r in values] for key, values in found.items()}
-    rows = []
+    rows: list[list[Cell]] = []
     for task in chosen:
         for count in SHOTS:
             plain, calibrated = intervals[task.english, count, "true"]
