@@ -156,7 +156,7 @@ def _read_state(directory: Path) -> tuple[TrainingState, dict[str, dict[str, obj
         known = {f.name for f in fields(TrainingState)}
         if content["state"].keys() != known or type(content["state"]["step"]) is not int:
             raise ValueError("it does not hold a training state")
-        if not {"optimizer.safetensors", "tokenizer.json"} < content["files"].keys():
+        if not {"optimizer.safetensors"} < content["files"].keys():
             raise ValueError("it does not list the checkpoint's files")
         return TrainingState(**content["state"]), {name: dict(file) for name, file in content["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +176,8 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
 
 def _write_model(directory: Path, run: Path, files: ModelFiles) -> None:
     files.write(directory)
-    _link(run / "tokenizer.json", directory / "tokenizer.json")
+    if (run / "tokenizer.json").exists():  # a model of symbols that are no text has none
+        _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 
 def _link(source: Path, target: Path) -> None:
