@@ -1,14 +1,16 @@
 """Sudden abilities over scale: a threshold in the model, or in the measure?
 
-A ladder of models learns to add, each with the same steps. Whether a whole answer is right is a sharp measure: it needs
-every digit. The log-probability of the right digits is a smooth one. Schaeffer et al. (2023) hold that what looks sudden
-by the first is gradual by the second, and that the first follows from the digits: if they were right independently of
-each other, a share p of right digits would make p^n of whole answers. Both can be checked here, and both can fail.
+A ladder of models learns to add, each with the same steps. Whether a whole answer is right is a sharp measure: it
+needs every digit. The log-probability of the right digits is a smooth one. Schaeffer et al. (2023) hold that what looks
+sudden by the first is gradual by the second, and that the first follows from the digits: if they were right
+independently of each other, a share p of right digits would make p^n of whole answers. Both can be checked here, and
+both can fail.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,9 +57,10 @@ class Rung:
 def run(lab: Workbench) -> None:
     lab.note(
         lab.say(
-            "왼쪽은 답 전체가 맞은 비율, 오른쪽은 맞는 숫자에 매긴 로그 확률입니다. 같은 모델, 같은 답인데 재는 법만 다릅니다.",
-            "On the left the share of whole answers that are right, on the right the log-probability of the right digits: "
-            "the same models and answers, measured in two ways.",
+            "왼쪽은 답 전체가 맞은 비율, 오른쪽은 맞는 숫자에 매긴 로그 확률입니다. 같은 모델의 같은 답을 "
+            "두 가지로 잰 것입니다.",
+            "On the left the share of whole answers that are right, on the right the log-probability of the right "
+            "digits: the same models and answers, measured in two ways.",
         )
     )
     with lab.part("더하기를 배우는 사다리", "a ladder that learns to add"):
@@ -114,7 +117,7 @@ def rung(lab: Workbench, width: int) -> Rung:
 def largest_step(values: list[float]) -> float:
     """The largest rise between neighbours, as a share of the whole rise: 1 when all of it happens at once."""
     whole = max(values) - min(values)
-    return max(b - a for a, b in zip(values, values[1:], strict=False)) / whole if whole > 0 else 0.0
+    return max(b - a for a, b in pairwise(values)) / whole if whole > 0 else 0.0
 
 
 def report(lab: Workbench, ladder: list[Rung]) -> None:
