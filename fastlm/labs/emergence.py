@@ -43,7 +43,7 @@ class Rung:
     logprob: NDArray[np.float64]
 
     def exact(self, seed: int) -> Interval:
-        return bootstrap(self.right.all(1).tolist(), seed=seed)
+        return bootstrap(self.right.all(axis=1).astype(float).tolist(), seed=seed)
 
     def smooth(self, seed: int) -> Interval:
         return bootstrap(self.logprob.tolist(), seed=seed)

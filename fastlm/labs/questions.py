@@ -62,7 +62,7 @@ class Reading:
 def questions(language: Language, count: int, seed: int) -> list[Reading]:
     """`count` questions, each with a passage of its own kind; the same for the same seed."""
     generator = np.random.default_rng([seed, language == "ko"])
-    found = []
+    found: list[Reading] = []
     while len(found) < count:
         lists = {"name": NAMES, "city": CITIES, "job": JOBS, "pet": PETS}
         drawn = {

@@ -11,6 +11,7 @@ from fastlm.inference import SamplingParams, generate
 from fastlm.inference.evaluation import score_text
 from fastlm.labs.korean_base import korean_base
 from fastlm.labs.questions import Language, Reading, exact_match, f1, questions
+from fastlm.labs.result import Cell
 from fastlm.labs.statistics import Interval, bootstrap, distinct_n
 from fastlm.labs.task_baselines import WordList, letter_ngrams, unigram_bits_per_byte
 from fastlm.labs.workbench import Workbench
@@ -21,7 +22,7 @@ from fastlm.training.examples import Labelled
 WRITTEN_TEXTS, WRITTEN_TOKENS = 24, 40
 SCORED_REVIEWS = 150
 TRAIN_REVIEWS, ASKED_REVIEWS, ASKED_OF_GEMMA = 4000, 1000, 96
-FINETUNE_STEPS, FINETUNE_BATCH, FINETUNE_RATE = 250, 32, 0.003
+FINETUNE_STEPS, FINETUNE_BATCH, FINETUNE_RATE = 150, 32, 0.003
 LABELS = ("나쁨", "좋음")
 PAIRS, LONGEST_PAIR = 40, 60  # sentence pairs, characters of the Korean
 READINGS = 48  # questions in each language
@@ -64,7 +65,7 @@ def write(lab: Workbench, marks: list[tuple[str, float]]) -> None:
     written, human = [t.text.split() for t in texts], [text.split() for text in people]
     unigram = unigram_bits_per_byte(base.dataset)
     ours = base.result.bits_per_byte or 0.0
-    rows = [
+    rows: list[list[Cell]] = [
         [lab.say("우리 모델", "our model"), ours, distinct_n(written, 1), distinct_n(written, 2)],
         [lab.say("토큰의 빈도만", "frequency of tokens"), unigram, None, None],
         [lab.say("사람이 쓴 글", "people's texts"), None, distinct_n(human, 1), distinct_n(human, 2)],
@@ -99,19 +100,21 @@ def classify(lab: Workbench, marks: list[tuple[str, float]]) -> None:
     valid = reviews("nsmc/valid.tsv", ASKED_REVIEWS)
     base = korean_base(lab)
     task = FinetuneConfig("classification", max_length=64)
-    config = TrainingConfig(
-        steps=lab.size(FINETUNE_STEPS, 5 * FINETUNE_STEPS),
-        batch_size=FINETUNE_BATCH,
-        optimizer="adamw",
-        learning_rate=FINETUNE_RATE,
-        embedding_learning_rate=FINETUNE_RATE,
-        seed=lab.seed,
-    )
-    out = lab.run_directory("tasks-classifier")
-    finetune(load_base(base.directory), (train, valid), out, task, config, on_progress=lab.on_progress)
-    model = load_classifier(out).eval()
-    chances = model.predict(base.dataset.tokenizer, [e.text for e in valid])
-    ours = [model.labels[i] == e.label for i, e in zip(chances.argmax(-1).tolist(), valid, strict=True)]
+    ours: list[bool] = []
+    for seed in lab.seeds():
+        config = TrainingConfig(
+            steps=lab.size(FINETUNE_STEPS, 5 * FINETUNE_STEPS),
+            batch_size=FINETUNE_BATCH,
+            optimizer="adamw",
+            learning_rate=FINETUNE_RATE,
+            embedding_learning_rate=FINETUNE_RATE,
+            seed=seed,
+        )
+        out = lab.run_directory(f"tasks-classifier-{seed}")
+        finetune(load_base(base.directory), (train, valid), out, task, config, on_progress=lab.on_progress)
+        model = load_classifier(out).eval()
+        chances = model.predict(base.dataset.tokenizer, [e.text for e in valid])
+        ours += [model.labels[i] == e.label for i, e in zip(chances.argmax(-1).tolist(), valid, strict=True)]
     majority = max(sum(e.label == label for e in valid) for label in LABELS) / len(valid)
     found: dict[str, Interval] = {}
     with lab.part("글자 조각", "pieces of words"):
@@ -125,7 +128,12 @@ def classify(lab: Workbench, marks: list[tuple[str, float]]) -> None:
             name = lab.say(f"{lab.model_name}, 보기 {shots}개", f"{lab.model_name}, {shots} examples")
             found[name] = bootstrap(ask_reviews(lab, train[:shots], valid[:ASKED_OF_GEMMA]), seed=lab.seed)
     tuned = bootstrap(ours, seed=lab.seed)
-    found[lab.say(f"고친 우리 모델, 예 {len(train):,}개", f"our model, fine-tuned on {len(train):,}")] = tuned
+    found[
+        lab.say(
+            f"고친 우리 모델, 예 {len(train):,}개, 씨앗 {len(lab.seeds())}개",
+            f"our model, tuned on {len(train):,}, {len(lab.seeds())} seeds",
+        )
+    ] = tuned
     rows = [
         [lab.say("가장 흔한 답", "the commonest answer"), f"{majority:.3f}"],
         *([n, str(i)] for n, i in found.items()),
@@ -187,7 +195,7 @@ def translate(lab: Workbench, marks: list[tuple[str, float]]) -> None:
 
 
 def answer(lab: Workbench, marks: list[tuple[str, float]]) -> None:
-    rows = []
+    rows: list[list[Cell]] = []
     for language in ("ko", "en"):
         readings = questions(language, READINGS + SHOTS, lab.seed)
         given = read(lab, readings[:SHOTS], readings[SHOTS:], language)
