@@ -128,12 +128,8 @@ def classify(lab: Workbench, marks: list[tuple[str, float]]) -> None:
             name = lab.say(f"{lab.model_name}, 보기 {shots}개", f"{lab.model_name}, {shots} examples")
             found[name] = bootstrap(ask_reviews(lab, train[:shots], valid[:ASKED_OF_GEMMA]), seed=lab.seed)
     tuned = bootstrap(ours, seed=lab.seed)
-    found[
-        lab.say(
-            f"고친 우리 모델, 예 {len(train):,}개, 씨앗 {len(lab.seeds())}개",
-            f"our model, tuned on {len(train):,}, {len(lab.seeds())} seeds",
-        )
-    ] = tuned
+    count, seeds = f"{len(train):,}", len(lab.seeds())
+    found[lab.say(f"우리 모델, 예 {count}개, 씨앗 {seeds}개", f"ours, {count} examples, {seeds} seeds")] = tuned
     rows = [
         [lab.say("가장 흔한 답", "the commonest answer"), f"{majority:.3f}"],
         *([n, str(i)] for n, i in found.items()),
