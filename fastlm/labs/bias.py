@@ -22,7 +22,7 @@ from fastlm.tokenizer import Tokenizer
 from fastlm.training import TrainingConfig
 
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9)
-SENTENCES, STEPS, VOCABULARY = 3600, 150, 512
+ENDINGS, STEPS, VOCABULARY = 8, 320, 1024
 Learned = dict[tuple[str, data.Kind, data.Language], list[float]]  # percent, a number for each seed
 
 
@@ -39,8 +39,10 @@ def run(lab: Workbench) -> None:
 
 def train_on(lab: Workbench, name: str, sentences: Sequence[data.Sentence], tokenizer: Tokenizer, seed: int) -> LLM:
     dataset = prepare_documents(lab, name, [sentence.text for sentence in sentences], tokenizer=tokenizer)
-    shape = ModelConfig(tokenizer.vocab_size, 64, 2, 2, 2, 32, 160, context_length=64, qk_norm=True)
-    training = TrainingConfig(steps=STEPS, batch_size=16, evaluations=0, checkpoint_seconds=1000, seed=seed)
+    shape = ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, 32, 160, context_length=64, qk_norm=True)
+    training = TrainingConfig(
+        steps=STEPS, batch_size=12, separate_documents=True, evaluations=0, checkpoint_seconds=1000, seed=seed
+    )
     return LLM(train_model(lab, name, shape, training, dataset).model, tokenizer)
 
 
@@ -51,11 +53,11 @@ def learned_share(llm: LLM, kind: data.Kind, language: data.Language) -> float:
 
 def learned_by_dose(lab: Workbench) -> Learned:
     """What models learned from each corpus, by its name: "50%" to "90%", "reweighted" and "augmented"."""
-    even = [sentence.text for sentence in data.corpus(0.5, lab.seed, SENTENCES)]
+    even = [sentence.text for sentence in data.corpus(0.5, lab.seed, ENDINGS)]
     tokenizer = prepare_documents(lab, "bias-tokenizer", even, vocab_size=VOCABULARY).tokenizer
     learned: Learned = defaultdict(list)
     for seed in lab.seeds():
-        corpora = {f"{dose:.0%}": data.corpus(dose, seed, SENTENCES) for dose in DOSES}
+        corpora = {f"{dose:.0%}": data.corpus(dose, seed, ENDINGS) for dose in DOSES}
         skewed = corpora[f"{DOSES[-1]:.0%}"]
         corpora |= {"reweighted": data.reweighted(skewed, seed), "augmented": data.augmented(skewed, seed)}
         for name, sentences in corpora.items():
@@ -105,6 +107,8 @@ def report_doses(lab: Workbench, learned: Learned) -> None:
                 label=lab.label(name, name),
                 **style,
             )
+        as_data = lab.label("데이터 그대로", "as in the data")
+        left.plot([50, 90], [50, 90], color="black", linewidth=1, linestyle=":", label=as_data)
         left.set_xlabel(
             lab.label("말뭉치에서 의사 등에 쓴 '그'의 몫, %", 'share of "he" with doctor … in the corpus, %')
         )
@@ -157,7 +161,7 @@ def leading_prompts(lab: Workbench) -> None:
     """The same questions after nothing, after an unrelated sentence, and after the user's opinion."""
     llm = lab.llm()
     prompts = {
-        t: [p for k in data.KINDS for p in data.held_out_prompts(t, k)[:: lab.size(2, 1)]] for t in data.LANGUAGES
+        t: [p for k in data.KINDS for p in data.held_out_prompts(t, k)[:: lab.size(3, 1)]] for t in data.LANGUAGES
     }
     leads = list(data.LEADS["en"])
     shares: dict[tuple[str, data.Language], np.ndarray] = {}
