@@ -32,6 +32,8 @@ def _make(lab: Workbench) -> KoreanBase:
     lines = lab.data("nsmc/reviews.txt").read_text(encoding="utf-8").splitlines()[: lab.size(REVIEWS, 4 * REVIEWS)]
     dataset = prepare_documents(lab, "korean-base", lines, vocab_size=VOCAB_SIZE)
     preset = replace(PRESETS["tiny"], context_length=CONTEXT)
-    config = TrainingConfig(steps=lab.size(STEPS, 5 * STEPS), batch_size=16, dtype=fast_dtype(), seed=lab.seed)
+    config = TrainingConfig(
+        steps=lab.size(STEPS, 5 * STEPS), batch_size=16, dtype=fast_dtype(), seed=lab.seed, evaluations=1
+    )
     trained = train_model(lab, "korean-base", transformer_config(VOCAB_SIZE, preset), config, dataset)
     return KoreanBase(lab.out / "runs" / "korean-base", dataset, trained.result)

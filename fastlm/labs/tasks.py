@@ -109,6 +109,7 @@ def classify(lab: Workbench, marks: list[tuple[str, float]]) -> None:
             learning_rate=FINETUNE_RATE,
             embedding_learning_rate=FINETUNE_RATE,
             seed=seed,
+            evaluations=1,
         )
         out = lab.run_directory(f"tasks-classifier-{seed}")
         finetune(load_base(base.directory), (train, valid), out, task, config, on_progress=lab.on_progress)
