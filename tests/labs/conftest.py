@@ -44,6 +44,6 @@ def failed(result: LabResult) -> list[str]:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Workbench:
-    """A workbench whose data directory may be missing."""
-    return Workbench(tmp_path, lang="en", data=DATA)
+def lab(tmp_path: Path, shared_data: Path | None) -> Workbench:
+    """A workbench; data are those beside the checkout, or none."""
+    return Workbench(tmp_path, lang="en", data=shared_data or tmp_path / "nothing")
