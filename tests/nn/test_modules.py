@@ -17,6 +17,22 @@ def test_swiglu_takes_a_llama_mlps_state_dict_and_gives_its_output() -> None:
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
+def test_swiglu_in_training_keeps_no_product_and_has_the_gradients_of_plain_torch() -> None:
+    layer, x = SwiGLU(24, 40), torch.randn(3, 5, 24, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = layer(x)
+    assert sum(shape[-1] == 40 and shape[0] != 24 for shape in kept) == 2  # gate and up
+    weights = (layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight)
+    plain = (torch.nn.functional.silu(x @ weights[0].T) * (x @ weights[1].T)) @ weights[2].T
+    grad = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(y, (x, *weights), grad) for y in (out, plain))
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(ours, theirs)
+    layer.down_proj.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), x, grad)[0], theirs[0])
+
+
 def test_rms_norm_takes_a_llama_norms_state_dict_and_adds_the_residual_first() -> None:
     theirs = LlamaRMSNorm(24, eps=1e-5)
     with torch.no_grad():
