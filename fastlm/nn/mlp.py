@@ -36,7 +36,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.combine(self.gate_proj(x), self.up_proj(x))
+
+    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What follows the first two projections."""
         down = self.down_proj
         learns = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
         if learns and type(down) is nn.Linear and down.bias is None and not torch.compiler.is_compiling():
