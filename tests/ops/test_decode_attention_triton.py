@@ -20,7 +20,7 @@ from tests.ops.test_decode_attention import paged
 CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "one query": (1, 4, 2, 16, 8, {}),
     "no groups, padded head_dim": (1, 3, 3, 24, 5, {}),
-    "speculative, more rows than a tile": (8, 9, 1, 16, 16, {}),
+    "speculative, more rows than a tile": (8, 10, 1, 16, 16, {}),
     "head_dim 256, many tiles of rows": (5, 8, 1, 256, 16, {}),
     "window": (3, 4, 1, 32, 16, {"window": 37}),
     "window of one": (2, 2, 1, 16, 4, {"window": 1}),
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "sinks, softcap, window": (4, 6, 2, 40, 7, {"sinks": True, "softcap": 3.0, "window": 50}),
     "negative scale": (1, 2, 2, 16, 8, {"scale": -0.3}),
 }
+LOW_PRECISION_CASES = ["no groups, padded head_dim", "sinks, softcap, window"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXED = [
     (torch.float32, torch.bfloat16),
@@ -56,8 +57,8 @@ def small_splits(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 def lengths_for(query_len: int, device: str) -> list[int]:
     """Nothing, fewer tokens than queries, one split and its neighbours, and more than MAX_SPLITS of the smallest."""
-    long = 130 if device == "cpu" else 20_000
-    return [0, 1, query_len, 15, 16, 17, int(torch.randint(18, long, ())), long + 3]
+    long = 90 if device == "cpu" else 20_000
+    return [0, 1, query_len, 15, 16, 17, long + int(torch.randint(16, ()))]
 
 
 def make(case: str, dtype: torch.dtype, device: str, cache_dtype: torch.dtype | None = None, lengths=None):
@@ -111,8 +112,9 @@ def low_precision(tensors: list[Tensor], options: dict[str, Any]) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(c, d) for c in CASES for d in DTYPES if d == torch.float32 or c in LOW_PRECISION_CASES]
+)
 def test_matches_float64(case, dtype, device, small_splits):
     tensors, options = make(case, dtype, device)
     with poisoned_memory():
@@ -138,9 +140,15 @@ def quantize(t: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-@pytest.mark.parametrize("kind", ["head", "token"])
-@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "kind"),
+    [
+        (torch.float32, torch.int8, "token"),
+        (torch.bfloat16, torch.int8, "head"),
+        (torch.bfloat16, torch.float8_e4m3fn, "token"),
+        (torch.float16, torch.float8_e4m3fn, "head"),
+    ],
+)
 def test_quantized_caches_match_float64_of_what_they_hold(dtype, cache_dtype, kind, device, small_splits):
     if device == "cuda" and cache_dtype != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
@@ -171,7 +179,7 @@ def test_a_sequence_gives_the_same_bits_whatever_shares_its_batch(case, device, 
 
 
 def test_a_run_gives_the_same_bits_as_the_one_before(device, small_splits):
-    tensors, options = make("window", torch.float16, device)
+    tensors, options = make("window", torch.float16, device, lengths=[90, 17])
     first = decode_attention(*tensors, **options)
     assert all(torch.equal(decode_attention(*tensors, **options), first) for _ in range(3))
 

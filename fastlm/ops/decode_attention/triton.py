@@ -80,8 +80,7 @@ def tiles(rows: int, head_dim: int, exact: bool, quantized: bool, chip: int) -> 
     memory, 32 KiB where there may be 99, so that three programs fit a multiprocessor.
     """
     large = 90 <= chip < 110
-    narrow = head_dim if large else 2 * head_dim
-    most_rows = 64 if narrow <= 128 else 32 if narrow <= 256 else 16
+    most_rows = 16 if head_dim > 128 else 32 if head_dim > 64 and not large else 64
     block_m = min(max(triton.next_power_of_2(rows), 16), most_rows)
     if chip == 0:
         return Tiles(block_m, 16, 1, 1)
