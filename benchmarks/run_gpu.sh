@@ -45,7 +45,7 @@ jobs=${JOBS:-4}
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONUNBUFFERED=1
 seconds=$((minutes * 60))
 deadline=$((SECONDS + seconds))
-ops=(attention decode_attention sampling linear_cross_entropy rms_norm rotary swiglu)
+ops=(attention decode_attention sampling fused_linear_sample linear_cross_entropy rms_norm rotary swiglu)
 failed=()
 
 step() {  # step NAME PERCENT COMMAND...: the command has PERCENT of the time, or what is left when that is less

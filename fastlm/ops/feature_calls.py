@@ -75,6 +75,11 @@ def _sample(dtype: torch.dtype = torch.float32, penalty: bool = False, **options
     return (_normal(2, 40, dtype=dtype),), {"seed": 3, "position": 0} | options
 
 
+def _linear_sample(dtype: torch.dtype = torch.float32, penalty: bool = False, **options: Any) -> Call:
+    _, options = _sample(penalty=penalty, **options)
+    return (_normal(2, 8, dtype=dtype), _normal(40, 8, dtype=dtype)), options
+
+
 def _cross_entropy(dtype: torch.dtype = torch.float32, grad: bool = False, **options: Any) -> Call:
     hidden, weight = _normal(4, 8, dtype=dtype, grad=grad), _normal(20, 8, dtype=dtype, grad=grad)
     return (hidden, weight, torch.tensor([3, 0, -100, 19])), options
@@ -180,6 +185,16 @@ FEATURES: dict[str, list[Feature]] = {
         Feature("grammar mask", "문법 마스크", partial(_sample, mask=torch.zeros(2, 2, dtype=torch.int32))),
         Feature("log-probabilities", "로그 확률", partial(_sample, return_logprobs=True)),
         Feature("most probable tokens", "가장 유력한 토큰들", partial(_sample, num_logprobs=3)),
+    ],
+    "fused_linear_sample": [
+        *_dtypes(_linear_sample),
+        Feature("temperature", "온도", partial(_linear_sample, temperature=0.7)),
+        Feature("greedy (temperature 0)", "탐욕 선택 (온도 0)", partial(_linear_sample, temperature=0.0)),
+        Feature("top-k, top-p, min-p", "top-k, top-p, min-p", partial(_linear_sample, top_k=9, top_p=0.8, min_p=0.1)),
+        Feature("penalties", "벌점", partial(_linear_sample, penalty=True, repetition_penalty=1.2)),
+        Feature("softcap", "softcap", partial(_linear_sample, softcap=3.0)),
+        Feature("log-probabilities", "로그 확률", partial(_linear_sample, return_logprobs=True)),
+        Feature("most probable tokens", "가장 유력한 토큰들", partial(_linear_sample, num_logprobs=3)),
     ],
     "linear_cross_entropy": [
         *_dtypes(_cross_entropy),
