@@ -125,7 +125,9 @@ def _dtypes(call: Callable[..., Call], dtypes: tuple[str, ...] = ("fp32", "bf16"
 FEATURES: dict[str, list[Feature]] = {
     "attention": [
         *_dtypes(_attention),
-        *(Feature(f"head_dim {d}", f"head_dim {d}", partial(_attention, head_dim=d)) for d in (16, 80, 128, 256, 512)),
+        *(Feature(f"head_dim {d}", f"head_dim {d}", partial(_attention, head_dim=d)) for d in (16, 80, 128, 256)),
+        Feature("head_dim 512, bf16", "head_dim 512, bf16", partial(_attention, head_dim=512, dtype=torch.bfloat16)),
+        Feature("head_dim 512, fp32", "head_dim 512, fp32", partial(_attention, head_dim=512)),
         Feature("head_dim not a multiple of 8", "8의 배수가 아닌 head_dim", partial(_attention, head_dim=20)),
         Feature("grouped heads (GQA, MQA)", "헤드 묶음 (GQA, MQA)", partial(_attention, kv_heads=1)),
         Feature("causal", "인과 마스크", partial(_attention, causal=True)),

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "one query": (1, 53, 4, 2, 16, {"causal": True}),
     "head_dim 80": (35, 35, 1, 1, 80, {"causal": True}),
     "head_dim 256": (17, 33, 1, 1, 256, {}),
+    "head_dim 512": (17, 33, 1, 1, 512, {"causal": True}),
     "softcap": (40, 40, 2, 2, 16, {"softcap": 2.0}),
     "softcap, window, gqa": (40, 50, 4, 2, 16, {"causal": True, "window": 20, "softcap": 5.0}),
     "sinks": (50, 50, 4, 2, 16, {"causal": True, "sinks": True}),
@@ -44,12 +45,18 @@ def refused(backend: str, options: dict[str, Any]) -> bool:
     return (backend == "triton" and "bias" in options) or (backend == "cpu" and "softcap" in options)
 
 
+def dtypes_of(case: str) -> list[torch.dtype]:
+    if CASES[case][4] > 256:
+        return [torch.bfloat16]
+    return DTYPES if case in LOW_PRECISION_CASES else [torch.float32]
+
+
 SERVED = [
     pytest.param(backend, case, dtype, id=f"{backend}, {case}, {str(dtype).removeprefix('torch.')}")
     for case in CASES
     for backend in ("reference", "cpu", "triton")
     for dtype in DTYPES
-    if not refused(backend, CASES[case][-1]) and (dtype == torch.float32 or case in LOW_PRECISION_CASES)
+    if not refused(backend, CASES[case][-1]) and dtype in dtypes_of(case)
 ]
 
 
@@ -448,6 +455,9 @@ def test_a_backend_that_cannot_says_why(device, monkeypatch):
         attention(q, q, q, bias=torch.zeros(4, 4, device=device))
     with pytest.raises(BackendError, match="steps of 8, not 12"):
         attention(q[..., :12], q[..., :12], q[..., :12])
+    wide = torch.zeros(1, 4, 2, 512, device=device)
+    with pytest.raises(BackendError, match=r"needs bf16 or fp16, and compute capability 8\.0, for head_dim 512"):
+        attention(wide, wide, wide)
     with pytest.raises(BackendError, match="positive scale"):
         attention(q, q, q, scale=-1.0)
     monkeypatch.delenv("FASTLM_BACKEND")
