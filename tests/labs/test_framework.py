@@ -65,6 +65,7 @@ def test_every_lab_is_a_file_of_less_than_250_lines() -> None:
 
 def test_a_result_says_what_held_what_did_not_and_what_is_missing(stand_in: None, tmp_path: Path) -> None:
     said = run("tokens", "--out", tmp_path, "--lang", "en", "--data", tmp_path / "none")
+    assert "tokens text cut at every size; what Korean costs" in said
     assert "✓ 1 < 2 — holds" in said
     assert "✗ 2 < 1 — does not hold" in said
     assert "left out: missing data: there is no" in said.replace("\n", " ")
