@@ -38,6 +38,7 @@ COMMANDS = (
     "eval",
     "lab",
     "bench",
+    "warmup",
 )
 
 

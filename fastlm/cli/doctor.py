@@ -194,6 +194,7 @@ def typical_call(op: str, device: torch.device) -> tuple[tuple[Any, ...], dict[s
             ),
             {},
         ),
+        "fused_linear_sample": lambda: ((tensor(2, 64), tensor(128, 64)), {"seed": 0, "position": 0}),
         "linear_cross_entropy": lambda: ((tensor(4, 64), tensor(128, 64), ids(4)), {}),
         "quantized_linear": lambda: ((tensor(4, 64), ids(8, 68, dtype=torch.uint8), "q8_0"), {}),
         "rms_norm": lambda: ((tensor(4, 64), tensor(64)), {}),

@@ -102,6 +102,10 @@ def command(
     evaluations: Annotated[
         int | None, typer.Option("--evaluations", help="Partial ones during the run. [default: 10]")
     ] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option("--keep-best", help="How many of the best evaluations keep their weights. [default: 1]"),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What layers compute in. [default: the faster on this machine]")
     ] = None,
@@ -158,6 +162,7 @@ def command(
         "patience": patience,
         "activation_checkpointing": activation_checkpointing,
         "evaluations": evaluations,
+        "keep_best": keep_best,
     }
     given_model = {"hidden_size": hidden_size, "num_layers": num_layers, "context_length": context_length}
     given_names = {"vocab_size": vocab_size, "architecture": architecture and architecture.value}

@@ -3,6 +3,7 @@
 from fastlm.ops._registry import OPS, Explanation, explain
 from fastlm.ops.attention import attention
 from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.fused_linear_sample import fused_linear_sample
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.quantized_linear import dequantize, quantized_linear
 from fastlm.ops.rms_norm import rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "explain",
+    "fused_linear_sample",
     "linear_cross_entropy",
     "quantized_linear",
     "rms_norm",

@@ -40,13 +40,14 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # what layers compute in; weights are always float32
     seed: int = 0
     evaluations: int = 10  # partial evaluations during the run, evenly spread
+    keep_best: int = 1  # of those, how many of the best keep their weights
     checkpoint_seconds: float = 20.0
     max_skipped_steps: int = 10  # non-finite steps in a row before training stops
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError("give either steps or minutes")
-        for name in ("steps", "batch_size", "accumulation", "max_skipped_steps"):
+        for name in ("steps", "batch_size", "accumulation", "keep_best", "max_skipped_steps"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")

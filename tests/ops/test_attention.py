@@ -29,6 +29,7 @@ CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "one query": (1, 53, 4, 2, 16, {"causal": True}),
     "head_dim 80": (35, 35, 1, 1, 80, {"causal": True}),
     "head_dim 256": (17, 33, 1, 1, 256, {}),
+    "head_dim 512": (17, 33, 1, 1, 512, {"causal": True}),
     "softcap": (40, 40, 2, 2, 16, {"softcap": 2.0}),
     "softcap, window, gqa": (40, 50, 4, 2, 16, {"causal": True, "window": 20, "softcap": 5.0}),
     "sinks": (50, 50, 4, 2, 16, {"causal": True, "sinks": True}),
@@ -44,12 +45,18 @@ def refused(backend: str, options: dict[str, Any]) -> bool:
     return (backend == "triton" and "bias" in options) or (backend == "cpu" and "softcap" in options)
 
 
+def dtypes_of(case: str) -> list[torch.dtype]:
+    if CASES[case][4] > 256:
+        return [torch.bfloat16]
+    return DTYPES if case in LOW_PRECISION_CASES else [torch.float32]
+
+
 SERVED = [
     pytest.param(backend, case, dtype, id=f"{backend}, {case}, {str(dtype).removeprefix('torch.')}")
     for case in CASES
     for backend in ("reference", "cpu", "triton")
     for dtype in DTYPES
-    if not refused(backend, CASES[case][-1]) and (dtype == torch.float32 or case in LOW_PRECISION_CASES)
+    if not refused(backend, CASES[case][-1]) and dtype in dtypes_of(case)
 ]
 
 
@@ -359,14 +366,46 @@ def test_traces_into_one_graph_with_its_backward(device, compiler):
         torch.testing.assert_close(a, b)
 
 
-def test_second_derivative_is_refused_rather_than_wrong(device):
-    q, k, v = (torch.randn(1, 4, 2, 16, device=device, requires_grad=True) for _ in range(3))
-    for return_lse in (False, True):
-        out = attention(q, k, v, return_lse=return_lse)
-        out = out[0] if return_lse else out
-        (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|not implemented"):
-            grad.sum().backward()
+@pytest.mark.parametrize("case", ["causal, gqa", "softcap, window, gqa", "sinks", "bias, shared, causal", "packed"])
+def test_second_derivatives_match_those_of_plain_pytorch_and_a_warning_tells_the_cost(device, case):
+    if case == "packed":
+        tensors = [torch.randn(12, heads, 16, device=device) for heads in (2, 1, 1)]
+        options: dict[str, Any] = {
+            "causal": True,
+            "cu_seqlens_q": torch.tensor([0, 5, 12], dtype=torch.int32).to(device),
+        }
+    else:
+        tensors, options = make(case, torch.float32, device, batch=1)
+    leaves = [t.detach().double().requires_grad_() for t in tensors]
+    for name in ("sinks", "bias"):
+        if name in options:
+            options[name] = options[name].double().requires_grad_()
+            leaves.append(options[name])
+
+    def plain(q, k, v, **options):
+        offsets = options.pop("cu_seqlens_q", None)
+        if offsets is None:
+            return plain_attention(q, k, v, **options)
+        parts = [plain_attention(*(t[None, a:b] for t in (q, k, v)), **options) for a, b in pairwise(offsets.tolist())]
+        return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], -1)
+
+    def penalty(function):
+        out, lse = function(*leaves[:3], **options)
+        grads = torch.autograd.grad(out.sin().sum() + lse.cos().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g.nan_to_num() ** 2).sum() for g in grads), leaves)
+
+    with pytest.warns(UserWarning, match="come from the reference, which holds up to"):
+        ours = penalty(with_lse)
+    for a, b in zip(ours, penalty(plain), strict=True):
+        torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=1e-6, atol=1e-8)
+
+
+def test_one_tensor_as_queries_and_keys_counts_once_for_each(device):
+    x = torch.randn(1, 6, 2, 16, device=device, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match="come from the reference"):
+        (ours,) = torch.autograd.grad(with_lse(x, x, x)[0].sin().sum(), x, create_graph=True)
+    (exact,) = torch.autograd.grad(plain_attention(x, x, x)[0].sin().sum(), x)
+    torch.testing.assert_close(ours, exact)
 
 
 def test_arguments_that_do_not_fit_are_named():
@@ -416,6 +455,9 @@ def test_a_backend_that_cannot_says_why(device, monkeypatch):
         attention(q, q, q, bias=torch.zeros(4, 4, device=device))
     with pytest.raises(BackendError, match="steps of 8, not 12"):
         attention(q[..., :12], q[..., :12], q[..., :12])
+    wide = torch.zeros(1, 4, 2, 512, device=device)
+    with pytest.raises(BackendError, match=r"needs bf16 or fp16, and compute capability 8\.0, for head_dim 512"):
+        attention(wide, wide, wide)
     with pytest.raises(BackendError, match="positive scale"):
         attention(q, q, q, scale=-1.0)
     monkeypatch.delenv("FASTLM_BACKEND")

@@ -79,6 +79,18 @@ def test_what_does_not_fit_is_named():
         decode_attention(q, k, v, table, lengths, window=0)
     with pytest.raises(ValueError, match="softcap must be above 0"):
         decode_attention(q, k, v, table, lengths, softcap=0.0)
+    with pytest.raises(ValueError, match=r"sinks must be \(4,\)"):
+        decode_attention(q, k, v, table, lengths, sinks=torch.zeros(2))
+    scale = torch.ones(2)
+    with pytest.raises(ValueError, match="k_scale must be given for int8 and fp8 caches and for no others"):
+        decode_attention(q, k, v, table, lengths, k_scale=scale, v_scale=scale)
+    k, v = k.nan_to_num().to(torch.int8), v.nan_to_num().to(torch.int8)
+    with pytest.raises(ValueError, match="v_scale must be given"):
+        decode_attention(q, k, v, table, lengths, k_scale=scale)
+    with pytest.raises(ValueError, match="k_scale must be fp32 and broadcast"):
+        decode_attention(q, k, v, table, lengths, k_scale=torch.ones(3), v_scale=scale)
+    with pytest.raises(ValueError, match="v_scale must be fp32 and broadcast"):
+        decode_attention(q, k, v, table, lengths, k_scale=scale, v_scale=scale.double())
 
 
 def test_a_gradient_is_refused_rather_than_left_out():
@@ -94,12 +106,13 @@ def exact(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, **opt
     return reference.decode_attention(q.double(), k.double(), v.double(), table, lengths, **options)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTLM_BACKEND", request.param)
     return request.param
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)  # Triton's does not look: its own tests
 def test_tables_and_lengths_that_lead_outside_the_cache_are_refused(backend):
     q, k, v, table, lengths = paged(
         [9, 4], query_len=1, heads=4, kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32
@@ -116,7 +129,7 @@ def test_tables_and_lengths_that_lead_outside_the_cache_are_refused(backend):
 
 def test_what_the_window_hides_may_be_freed_or_poisoned(backend):
     q, k, v, table, lengths = paged(
-        [30, 5], query_len=2, heads=4, kv_heads=2, head_dim=8, block_size=4, dtype=torch.float32
+        [30, 5], query_len=2, heads=4, kv_heads=2, head_dim=16, block_size=4, dtype=torch.float32
     )
     expected = exact(q, k, v, table, lengths, window=6)
     table[0, :5] = -1  # the first query of row 0, at position 28, sees tokens 23 and later: slot 3 of block 5
@@ -126,12 +139,12 @@ def test_what_the_window_hides_may_be_freed_or_poisoned(backend):
 
 def test_queries_that_see_nothing_give_zero(backend):
     q, k, v, table, lengths = paged(
-        [2, 0], query_len=4, heads=2, kv_heads=1, head_dim=8, block_size=4, dtype=torch.float32
+        [2, 0], query_len=4, heads=2, kv_heads=1, head_dim=16, block_size=4, dtype=torch.float32
     )
     out = decode_attention(q, k, v, table, lengths)
-    assert torch.equal(out[1], torch.zeros(4, 2, 8))
-    assert torch.equal(out[0, :2], torch.zeros(2, 2, 8))
-    torch.testing.assert_close(out[0, 2], v[table[0, 0], 0].expand(2, 8))  # position 0 sees one token
+    assert torch.equal(out[1], torch.zeros(4, 2, 16))
+    assert torch.equal(out[0, :2], torch.zeros(2, 2, 16))
+    torch.testing.assert_close(out[0, 2], v[table[0, 0], 0].expand(2, 16))  # position 0 sees one token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -221,11 +234,13 @@ def test_reads_nothing_behind_the_caches(monkeypatch):
 
 
 def test_an_empty_batch_gives_an_empty_result(backend):
-    q, cache = torch.randn(0, 1, 4, 8), torch.randn(2, 4, 2, 8)
+    q, cache = torch.randn(0, 1, 4, 16), torch.randn(2, 4, 2, 16)
     table, lengths = torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-    assert decode_attention(q, cache, cache, table, lengths).shape == (0, 1, 4, 8)
-    nothing = decode_attention(torch.randn(2, 1, 4, 8), cache[:0], cache[:0], table.new_zeros(2, 0), table.new_zeros(2))
-    assert torch.equal(nothing, torch.zeros(2, 1, 4, 8))
+    assert decode_attention(q, cache, cache, table, lengths).shape == (0, 1, 4, 16)
+    nothing = decode_attention(
+        torch.randn(2, 1, 4, 16), cache[:0], cache[:0], table.new_zeros(2, 0), table.new_zeros(2)
+    )
+    assert torch.equal(nothing, torch.zeros(2, 1, 4, 16))
 
 
 OTHER_INSTRUCTIONS = """

@@ -103,7 +103,91 @@ def test_metrics_are_log_probability_and_entropy_of_the_capped_logits(backend, d
     expected = distribution.log_prob(targets.clamp_min(0)) * kept
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), distribution.entropy() * kept, rtol=1e-5, atol=1e-5)
-    assert not logprobs.requires_grad
+
+
+def plain_metrics(hidden, weight, targets, *, softcap=None):
+    """Log-probabilities and entropies as one writes them in plain PyTorch, in the input's own precision."""
+    logits = functional.linear(hidden, weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    kept = targets != -100
+    log_p = logits.log_softmax(-1)
+    logprobs = log_p.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    return logprobs * kept, -(log_p.exp() * log_p).sum(-1) * kept
+
+
+def policy_gradients(function, hidden, weight, targets, grads, dtype=None):
+    """Gradients in hidden and weight of a sum of loss, log-probabilities and entropies, those that `grads` weighs."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (hidden, weight)]
+    outputs = function(*leaves, targets)
+    chosen = [(out, g.to(out.dtype)) for out, g in zip(outputs, grads, strict=True) if g is not None]
+    return torch.autograd.grad([o for o, _ in chosen], leaves, [g for _, g in chosen])
+
+
+@pytest.mark.parametrize("which", ["logprobs", "entropy", "both", "all"])
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "reduction"),
+    [
+        (torch.float32, None, "mean"),
+        (torch.float32, 3.0, "none"),
+        (torch.bfloat16, None, "none"),
+        (torch.bfloat16, None, "mean"),
+        (torch.float16, 4.0, "sum"),
+    ],
+)
+def test_gradients_of_log_probability_and_entropy_match_float64(backend, device, which, dtype, softcap, reduction):
+    if not served(backend, device, dtype):
+        return
+    hidden, weight, targets = inputs(70, 24, 300, dtype, device)
+    tokens = torch.randn(3, 70, device=device)
+    loss_grad = tokens[0] if reduction == "none" else tokens[0, 0]
+    grads = [loss_grad if which == "all" else None, *tokens[1:]]
+    if which in ("logprobs", "entropy"):
+        grads[2 if which == "logprobs" else 1] = None
+    settings = {"softcap": softcap, "reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-2}
+
+    def ours(*tensors):
+        return linear_cross_entropy(*tensors, **settings, return_metrics=True)
+
+    def formula(*tensors):
+        return plain(*tensors, **settings), *plain_metrics(*tensors, softcap=softcap)
+
+    with poisoned_memory():
+        results = policy_gradients(ours, hidden, weight, targets, grads)
+    low = policy_gradients(formula, hidden, weight, targets, grads)
+    exact = policy_gradients(formula, hidden, weight, targets, grads, torch.float64)
+    factor = 4.0 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 2.0
+    for a, b, c in zip(results, low, exact, strict=True):
+        assert a.dtype == dtype
+        assert_as_exact_as(a, b, c, factor)
+
+
+def test_gradients_of_the_definition_pass_gradcheck(monkeypatch):
+    monkeypatch.setenv("FASTLM_BACKEND", "reference")
+    hidden, weight, targets = inputs(5, 4, 7, torch.float64, "cpu")
+    for settings in ({"reduction": "mean"}, {"reduction": "none", "softcap": 2.0, "z_loss": 0.1}):
+        torch.autograd.gradcheck(
+            lambda h, w, s=settings: linear_cross_entropy(h, w, targets, label_smoothing=0.1, **s, return_metrics=True),
+            (hidden.requires_grad_(), weight.requires_grad_()),
+        )
+
+
+def test_metrics_that_nothing_is_taken_from_leave_the_loss_as_it_was(backend, device):
+    hidden, weight, targets = inputs(33, 16, 50, torch.float32, device)
+    one = torch.ones((), device=device)
+
+    def with_metrics(*tensors):
+        return linear_cross_entropy(*tensors, return_metrics=True)[0]
+
+    expected = run(linear_cross_entropy, hidden, weight, targets, one)
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(with_metrics, hidden, weight, targets, one), expected, strict=True)
+    )
+    loss, logprobs, _ = linear_cross_entropy(hidden.requires_grad_(), weight, targets, return_metrics=True)
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(logprobs.sum(), hidden)  # of ignored targets too, whose gradient is zero
+    assert second[targets == -100].eq(0).all()
+    torch.testing.assert_close(first, -second / (targets != -100).sum())
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary(backend, device):
@@ -216,6 +300,7 @@ def test_torch_accepts_the_registration(device, reduction):
     hidden, weight, targets = inputs(6, 8, 20, torch.float32, device)
     arguments = (hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 0.1, 1e-3, 5.0, reduction)
     torch.library.opcheck(torch.ops.fastlm.linear_cross_entropy.default, arguments)
+    torch.library.opcheck(torch.ops.fastlm.linear_cross_entropy.default, (*arguments, True))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -312,10 +397,13 @@ def test_target_out_of_range_gives_nan_on_a_gpu():
 def test_kernel_compiles_for_each_chip_without_spills(dtype, softcap):
     from fastlm.ops.linear_cross_entropy import triton as kernels
 
-    pointers = dict.fromkeys(["scale_ptr", "losses_ptr", "logprobs_ptr", "entropy_ptr"], "*fp32")
+    scales = ["scale_ptr", "logprob_scale_ptr", "entropy_scale_ptr"]
+    pointers = dict.fromkeys([*scales, "losses_ptr", "logprobs_ptr", "entropy_ptr"], "*fp32")
     pointers |= {"logits_ptr": dtype, "targets_ptr": "*i64"}
     scalars = {"stride": "i32", "vocab_size": "i32", "ignore_index": "i32"}
     scalars |= dict.fromkeys(["label_smoothing", "z_loss", "softcap"], "fp32")
-    constants = {"HAS_SCALE": True, "HAS_SOFTCAP": softcap, "BLOCK": kernels.BLOCK}
-    for compiled in compile_for_chips(kernels._kernel, pointers | scalars, constants, num_warps=8):
-        assert compiled.spill_bytes == 0, compiled.chip
+    for metrics in (False, True):
+        constants = {"HAS_SCALE": True, "HAS_LOGPROB_SCALE": metrics, "HAS_ENTROPY_SCALE": metrics}
+        constants |= {"HAS_SOFTCAP": softcap, "BLOCK": kernels.BLOCK}
+        for compiled in compile_for_chips(kernels._kernel, pointers | scalars, constants, num_warps=8):
+            assert compiled.spill_bytes == 0, compiled.chip

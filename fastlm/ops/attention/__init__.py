@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
-from fastlm.ops.attention import cpu
+from fastlm.ops.attention import cpu, reference
 from fastlm.ops.attention._arguments import check
 
 
@@ -59,7 +59,9 @@ def attention(
     Returns:
         out, like q. With `return_lse`, the pair (out, lse): lse `(batch, heads, seq_q)`, or `(heads, tokens)` when
         packed, is the logarithm of the softmax's denominator, sink included, fp32 (fp64 for fp64 input), and -inf
-        where that is empty. Differentiable once in q, k, v, sinks and bias, through out and lse.
+        where that is empty. Differentiable in q, k, v, sinks and bias, through out and lse. Gradients taken with
+        `create_graph`, for second derivatives, come from the reference, which holds every logit, and a warning says
+        so; the call that goes straight to torch on the CPU has none (with return_lse it has).
 
     Raises:
         ValueError: when shapes, dtypes or options do not fit.
@@ -154,10 +156,11 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         if grad_out is None and grad_lse is None:
             return (None,) * 13
+        if torch.is_grad_enabled():  # create_graph
+            return _differentiable_backward(ctx, grad_out, grad_lse)
         q, k, v, out, lse, bias, sinks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -167,6 +170,29 @@ class _Attention(torch.autograd.Function):
         )
         optional = (grad_bias if bias_grad else None, grad_sinks if sinks_grad else None)
         return grad_q, grad_k, grad_v, *optional, *(None,) * 8
+
+
+def _differentiable_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that autograd knows, of the inputs and of grad_out and grad_lse."""
+    q, k, v, _, _, bias, sinks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    seq_q, heads = q.shape[-3:-1]
+    logits = heads * seq_q * k.shape[-3] * (q.shape[0] if q.dim() == 4 else 1)
+    warnings.warn(
+        f"attention: gradients with create_graph=True come from the reference, which holds up to {logits:,} logits "
+        "several times; leave create_graph out where no second derivative is needed",
+        stacklevel=2,
+    )
+    inputs = [q, k, v, bias, sinks]  # as views, each its own even where the caller gave one tensor twice
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
+    arguments: tuple[Any, ...] = (*inputs, cu_seqlens_q, cu_seqlens_k, *ctx.options)
+    outputs = reference.forward(*arguments)
+    used = [(out, grad) for out, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True) if t is not None and needed]
+    found = iter(
+        torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True)
+    )
+    needed = zip(inputs, ctx.needs_input_grad[:5], strict=True)
+    return (*(next(found) if t is not None and n else None for t, n in needed), *(None,) * 8)
 
 
 _INPUTS = (

@@ -46,8 +46,10 @@ def supports(
 ) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
-    if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 256:
-        return f"supports head_dim 16 to 256 in steps of 8, not {q.shape[-1]}"
+    if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 512:
+        return f"supports head_dim 16 to 512 in steps of 8, not {q.shape[-1]}"
+    if q.shape[-1] > 256 and (q.dtype == torch.float32 or 0 < capability(q.device) < 80):
+        return f"needs bf16 or fp16, and compute capability 8.0, for head_dim {q.shape[-1]}: above 256"
     if bias is not None:
         return "has no bias yet; masks are cheaper as causal, window or cu_seqlens"
     if scale is not None and scale <= 0:

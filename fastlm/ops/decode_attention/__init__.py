@@ -11,6 +11,8 @@ from torch import Tensor
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 MAX_QUERY_LEN = 8  # more new tokens than this are a prefill, which `attention` does better
 
 
@@ -24,6 +26,9 @@ def decode_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """out = softmax(cap(q · kᵀ · scale)) · v, k and v being the tokens of each sequence's own blocks.
 
@@ -34,27 +39,36 @@ def decode_attention(
 
     Args:
         q: `(batch, query_len, heads, head_dim)`, query_len from 1 to 8, fp32, bf16 or fp16.
-        k_cache, v_cache: `(blocks, block_size, kv_heads, head_dim)`, fp32, bf16 or fp16, both alike; heads a multiple
-            of kv_heads: query head h reads KV head h // (heads / kv_heads).
+        k_cache, v_cache: `(blocks, block_size, kv_heads, head_dim)`, fp32, bf16, fp16, int8 or fp8 (float8_e4m3fn),
+            both alike; heads a multiple of kv_heads: query head h reads KV head h // (heads / kv_heads).
         block_table: `(batch, max_blocks)` int32. Entries behind the last used block are not read.
         context_lens: `(batch,)` int32.
         scale: of q · kᵀ; 1 / sqrt(head_dim) by default.
         window: tokens that each query sees, itself included.
         softcap: logits become softcap · tanh(logits / softcap).
+        sinks: `(heads,)`, a logit a head that joins the softmax's denominator and brings no value.
+        k_scale, v_scale: fp32, broadcasting to `(blocks, block_size, kv_heads)`, of int8 and fp8 caches, which need
+            them: keys are k_cache · k_scale, values v_cache · v_scale. One for a token and head, or `(kv_heads,)`.
 
     Returns:
         `(batch, query_len, heads, head_dim)` in q's dtype. Sums are fp32. No gradient.
 
     Raises:
-        ValueError: when shapes, dtypes or options do not fit, a length exceeds its row of the table, or a block that
-            is needed lies outside the cache.
+        ValueError: when shapes, dtypes or options do not fit; on the CPU also when a length exceeds its row of the
+            table, or a block that is needed lies outside the cache. A GPU does not wait to look: there the queries
+            that would see such tokens give NaN, and nothing outside the cache is read.
 
     Paged as in Kwon et al., "PagedAttention", 2023 (arXiv 2309.06180), section 4.
     """
     _check(q, k_cache, v_cache, block_table, context_lens, window, softcap)
+    _check_extras(q, k_cache, sinks, k_scale, v_scale)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
+    if k_scale is not None and v_scale is not None:
+        k_scale, v_scale = (t.expand(k_cache.shape[:3]) for t in (k_scale, v_scale))
+    return _decode_attention(
+        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale
+    )
 
 
 def _check(
@@ -77,10 +91,9 @@ def _check(
         )
     if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
         raise ValueError(f"heads ({q.shape[2]}) must be a multiple of kv_heads ({k_cache.shape[2]})")
-    floating = (torch.float32, torch.bfloat16, torch.float16)
-    if q.dtype not in floating or k_cache.dtype not in floating or k_cache.dtype != v_cache.dtype:
+    if q.dtype not in FLOATING or k_cache.dtype not in (*FLOATING, *QUANTIZED) or k_cache.dtype != v_cache.dtype:
         raise ValueError(
-            f"q and the caches must be fp32, bf16 or fp16, the caches alike, "
+            f"q must be fp32, bf16 or fp16, and the caches alike one of these, int8 or float8_e4m3fn, "
             f"not {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
         )
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or block_table.dtype != torch.int32:
@@ -97,7 +110,30 @@ def _check(
         raise ValueError(f"softcap must be above 0, not {softcap}")
 
 
-OP = Op("decode_attention", decode_attention, ("cpu", "reference"))
+def _check_extras(
+    q: Tensor, k_cache: Tensor, sinks: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    heads = q.shape[2]
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(f"sinks must be ({heads},), one for each query head, not {tuple(sinks.shape)} {sinks.dtype}")
+    quantized = k_cache.dtype in QUANTIZED
+    for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (t is not None) != quantized:
+            raise ValueError(
+                f"{name} must be given for int8 and fp8 caches and for no others; these are {k_cache.dtype}"
+            )
+        if t is None:
+            continue
+        full = k_cache.shape[:3]
+        fits = t.dim() <= 3 and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(full), strict=False))
+        if not fits or t.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be fp32 and broadcast to (blocks, block_size, kv_heads) = {tuple(full)}, "
+                f"not {tuple(t.shape)} {t.dtype}"
+            )
+
+
+OP = Op("decode_attention", decode_attention, ("triton", "cpu", "reference"))
 
 
 def _run(
@@ -109,9 +145,17 @@ def _run(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    backend = OP.select(q, k_cache, v_cache, block_table, context_lens, scale=scale, window=window, softcap=softcap)
-    return backend.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, window, softcap)
+    backend = OP.select(
+        q, k_cache, v_cache, block_table, context_lens, scale=scale, window=window, softcap=softcap, sinks=sinks,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+    return backend.decode_attention(
+        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale
+    )
 
 
 def _fake(
@@ -123,6 +167,9 @@ def _fake(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -143,7 +190,7 @@ class _DecodeAttention(torch.autograd.Function):
 
 _decode_attention = define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, float scale, "
-    "int? window, float? softcap) -> Tensor",
+    "int? window, float? softcap, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     _run,
     _fake,
     _DecodeAttention,

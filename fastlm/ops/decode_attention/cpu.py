@@ -23,9 +23,16 @@ def supports(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> str | None:
     if q.dtype not in DTYPES:
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
+    if k_cache.dtype not in DTYPES:
+        return f"supports caches of fp32, bf16 and fp16, not {k_cache.dtype}"
+    if sinks is not None:
+        return "has no sinks"
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return "needs caches whose last dimension is contiguous"
     return native_missing()
@@ -40,6 +47,9 @@ def decode_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: None,
+    k_scale: None,
+    v_scale: None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     if q.stride(3) != 1:

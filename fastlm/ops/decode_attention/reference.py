@@ -19,6 +19,9 @@ def decode_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Computes in fp32, or in fp64 for fp64 input."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -36,8 +39,8 @@ def decode_attention(
             raise ValueError(f"block_table[{row}] names a block outside the cache of {blocks}: {ids.tolist()}")
         seen = slice(first - first_block * block_size, length - first_block * block_size)
         k, v = (
-            cache[ids].flatten(0, 1)[seen].to(wide).repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1)
-            for cache in (k_cache, v_cache)
+            _tokens(cache, its_scale, ids, wide)[seen].repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1)
+            for cache, its_scale in ((k_cache, k_scale), (v_cache, v_scale))
         )
         logits = (q[row].to(wide).transpose(0, 1) @ k.mT) * scale  # (heads, query_len, length - first)
         if softcap is not None:
@@ -47,6 +50,17 @@ def decode_attention(
         visible = key <= position
         if window is not None:
             visible &= key > position - window
-        weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), -1).masked_fill(~visible, 0.0)
-        out[row] = (weights @ v).transpose(0, 1).to(q.dtype)
+        logits = logits.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(wide)[:, None, None].expand(heads, query_len, 1)
+            weights = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+        else:
+            weights = torch.softmax(logits, -1)
+        out[row] = (weights.masked_fill(~visible, 0.0) @ v).transpose(0, 1).to(q.dtype)
     return out
+
+
+def _tokens(cache: Tensor, scale: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values of some blocks, `(tokens, kv_heads, head_dim)`."""
+    tokens = cache[ids].flatten(0, 1).to(dtype)
+    return tokens if scale is None else tokens * scale[ids].flatten(0, 1).to(dtype)[..., None]

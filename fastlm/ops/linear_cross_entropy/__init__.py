@@ -39,11 +39,12 @@ def linear_cross_entropy(
         reduction: "mean" over the targets that are not ignored (NaN with zero gradients when all are, as torch gives),
             "sum", or "none".
         return_metrics: also return, for each target, its log-probability and the entropy of its distribution, in nats.
+            Both are differentiable, as policy gradients need; a backward through them makes the logits again.
 
     Returns:
         The loss in nats, fp32: a scalar, or `targets`' shape for "none". With `return_metrics` the triple
-        (loss, logprobs, entropy); logprobs and entropy have `targets`' shape, are fp32, are 0 where ignored, and carry
-        no gradient. The loss is differentiable once in hidden and weight.
+        (loss, logprobs, entropy); logprobs and entropy have `targets`' shape, are fp32, and are 0 where ignored. All
+        three are differentiable once in hidden and weight.
 
     Raises:
         ValueError: when shapes, dtypes or options do not fit.
@@ -72,7 +73,7 @@ def linear_cross_entropy(
         raise ValueError(f"softcap must be positive or None, not {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    outputs = _loss(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    outputs = _loss(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap, reduction, return_metrics)
     return outputs if return_metrics else outputs[0]
 
 
@@ -84,6 +85,8 @@ def _run_token_losses(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor | None,
+    logprob_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -91,8 +94,8 @@ def _run_token_losses(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For hidden `(tokens, hidden_size)`: each token's loss, log-probability and entropy. With `scale`, each token's
-    weight in a sum of the losses, also that sum's gradients in hidden and weight, those that are needed."""
+    """For hidden `(tokens, hidden_size)`: each token's loss, log-probability and entropy. With the scales, each token's
+    weights in a sum of these three, also that sum's gradients in hidden and weight, those that are needed."""
     if targets.device.type == "cpu":
         _check_targets(targets, weight.shape[0], ignore_index)
     backend = OP.select(
@@ -107,8 +110,9 @@ def _run_token_losses(
         return_metrics=True,
     )
     return backend.token_losses(
-        hidden, weight, targets, scale, ignore_index, label_smoothing, z_loss, softcap, needs_hidden, needs_weight
-    )
+        hidden, weight, targets, scale, logprob_scale, entropy_scale, ignore_index, label_smoothing, z_loss, softcap,
+        needs_hidden, needs_weight,
+    )  # fmt: skip
 
 
 def _check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -125,6 +129,8 @@ def _fake_token_losses(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor | None,
+    logprob_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -147,11 +153,12 @@ def _run_loss(
     z_loss: float,
     softcap: float | None,
     reduction: str,
+    metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = (ignore_index, label_smoothing, z_loss, softcap)
     flat = targets.reshape(-1)
     losses, logprobs, entropy, _, _ = _token_losses(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat, None, *settings, False, False
+        hidden.reshape(-1, hidden.shape[-1]), weight, flat, None, None, None, *settings, False, False
     )
     loss = _reduce(losses, _count(flat, ignore_index), reduction, targets)
     return loss, logprobs.view(targets.shape), entropy.view(targets.shape)
@@ -176,6 +183,7 @@ def _fake_loss(
     z_loss: float,
     softcap: float | None,
     reduction: str,
+    metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     shapes = (targets.shape if reduction == "none" else (), targets.shape, targets.shape)
@@ -187,7 +195,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """For "mean" and "sum" every token's weight in the loss is known in the forward, up to one factor, so the gradients
     are made there, while a tile of logits is at hand, and the backward multiplies by that factor. For "none" the
     backward makes the logits again. So it does for fp16, whose gradients would fall below its range unless they are
-    rounded after the loss scaling that arrives with the backward.
+    rounded after the loss scaling that arrives with the backward; and where gradients arrive through the
+    log-probabilities or the entropy.
     """
 
     @staticmethod
@@ -201,6 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         softcap: float | None,
         reduction: str,
+        metrics: bool = False,
     ) -> Any:
         flat = targets.reshape(-1)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -213,45 +223,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ones = torch.ones_like(flat, dtype=torch.promote_types(hidden.dtype, torch.float32))
             scale = ones / count if reduction == "mean" else ones
         losses, logprobs, entropy, grad_hidden, grad_weight = _token_losses(
-            rows, weight, flat, scale, *settings, needs[0] and not recompute, needs[1] and not recompute
+            rows, weight, flat, scale, None, None, *settings, needs[0] and not recompute, needs[1] and not recompute
         )
-        ctx.save_for_backward(*((rows, weight, flat, count) if recompute else (grad_hidden, grad_weight)))
+        inputs = (rows, weight, flat, count) if recompute or metrics else (None,) * 4
+        ctx.save_for_backward(*inputs, *((None, None) if recompute else (grad_hidden, grad_weight)))
         ctx.settings, ctx.needs, ctx.recompute = settings, needs, recompute
         ctx.reduction, ctx.hidden_shape = reduction, hidden.shape
+        ctx.set_materialize_grads(False)
         logprobs, entropy = logprobs.view(targets.shape), entropy.view(targets.shape)
-        ctx.mark_non_differentiable(logprobs, entropy)
+        if not metrics:
+            ctx.mark_non_differentiable(logprobs, entropy)
         return _reduce(losses, count, reduction, targets), logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _grad_logprobs: None, _grad_entropy: None) -> Any:
-        if ctx.recompute:
-            rows, weight, targets, count = ctx.saved_tensors
-            scale = grad_loss.expand(targets.shape) if ctx.reduction != "none" else grad_loss.reshape(-1)
-            if ctx.reduction == "mean":
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        if grad_loss is None and grad_logprobs is None and grad_entropy is None:
+            return (None,) * 9
+        rows, weight, targets, count, grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.recompute or grad_logprobs is not None or grad_entropy is not None:
+            scale = grad_loss
+            if scale is not None and ctx.reduction == "mean":
                 scale = scale / count
-            grad_hidden, grad_weight = _token_losses(rows, weight, targets, scale, *ctx.settings, *ctx.needs)[3:]
+            scales = (None if s is None else s.expand(targets.shape) if s.dim() == 0 else s.reshape(-1)
+                      for s in (scale, grad_logprobs, grad_entropy))  # fmt: skip
+            grad_hidden, grad_weight = _token_losses(rows, weight, targets, *scales, *ctx.settings, *ctx.needs)[3:]
         else:
             grad_hidden, grad_weight = (
-                grad * grad_loss if needed else grad for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+                grad * grad_loss if needed else grad
+                for grad, needed in zip((grad_hidden, grad_weight), ctx.needs, strict=True)
             )
         return (
             grad_hidden.view(ctx.hidden_shape) if ctx.needs[0] else None,
             grad_weight if ctx.needs[1] else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 _token_losses = define_op(
-    "linear_cross_entropy_token_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? scale, int ignore_index,"
-    " float label_smoothing, float z_loss, float? softcap, bool needs_hidden, bool needs_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_token_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? scale,"
+    " Tensor? logprob_scale, Tensor? entropy_scale, int ignore_index, float label_smoothing, float z_loss,"
+    " float? softcap, bool needs_hidden, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_token_losses,
     _fake_token_losses,
 )
 _loss = define_op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing,"
-    " float z_loss, float? softcap, str reduction) -> (Tensor, Tensor, Tensor)",
+    " float z_loss, float? softcap, str reduction, bool metrics=False) -> (Tensor, Tensor, Tensor)",
     _run_loss,
     _fake_loss,
     _LinearCrossEntropy,

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (logits chunk, targets, scale or None, losses, logprobs, entropy) -> None, in place
-Kernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor], None]
+Scales = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the losses, the log-probabilities, the entropies
+# (logits chunk, targets, scales, losses, logprobs, entropy) -> None; the gradient overwrites the logits
+Kernel = Callable[[Tensor, Tensor, Scales, Tensor, Tensor, Tensor], None]
 
 
 def token_losses(
@@ -23,14 +24,15 @@ def token_losses(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    scale: Tensor | None,
+    scales: Scales,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The chunks' shares of the weight's gradient are summed in `sum_dtype`."""
     tokens = hidden.shape[0]
     targets = targets.contiguous()
-    scale = scale.contiguous() if scale is not None and (needs_hidden or needs_weight) else None
+    needs_any = needs_hidden or needs_weight
+    loss_scale, logprob_scale, entropy_scale = (None if s is None or not needs_any else s.contiguous() for s in scales)
     losses, logprobs, entropy = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
     grad_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=sum_dtype, device=weight.device)
@@ -40,8 +42,8 @@ def token_losses(
         chunk_hidden = hidden[rows]
         chunk = logits[: chunk_hidden.shape[0]]
         torch.mm(chunk_hidden, weight.t(), out=chunk)
-        chunk_scale = None if scale is None else scale[rows]
-        kernel(chunk, targets[rows], chunk_scale, losses[rows], logprobs[rows], entropy[rows])
+        chunk_scales = (_rows(loss_scale, rows), _rows(logprob_scale, rows), _rows(entropy_scale, rows))
+        kernel(chunk, targets[rows], chunk_scales, losses[rows], logprobs[rows], entropy[rows])
         if needs_hidden:
             torch.mm(chunk, weight, out=grad_hidden[rows])
         if needs_weight:
@@ -50,3 +52,7 @@ def token_losses(
             else:
                 grad_weight += torch.mm(chunk.t(), chunk_hidden)
     return losses, logprobs, entropy, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _rows(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]

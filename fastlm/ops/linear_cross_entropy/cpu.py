@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlm._core import native, native_missing
-from fastlm.ops.linear_cross_entropy import chunked
+from fastlm.ops.linear_cross_entropy import chunked, reference
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MIN_CHUNK = 128  # fewer rows than this and the matrix products slow down
@@ -41,6 +41,8 @@ def token_losses(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor | None,
+    logprob_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -48,10 +50,13 @@ def token_losses(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = partial(_kernel, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    kernel: chunked.Kernel = partial(_kernel, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    if logprob_scale is not None or entropy_scale is not None:
+        kernel = partial(_plain_kernel, ignore_index, label_smoothing, z_loss, softcap)
     chunk_size = max(MIN_CHUNK, hidden.shape[0] // (16 if hidden.dtype == torch.float32 else 8))
+    scales = (scale, logprob_scale, entropy_scale)
     return chunked.token_losses(
-        kernel, chunk_size, torch.float32, hidden, weight, targets, scale, needs_hidden, needs_weight
+        kernel, chunk_size, torch.float32, hidden, weight, targets, scales, needs_hidden, needs_weight
     )
 
 
@@ -62,11 +67,12 @@ def _kernel(
     softcap: float,
     logits: Tensor,
     targets: Tensor,
-    scale: Tensor | None,
+    scales: chunked.Scales,
     losses: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
+    scale = scales[0]
     native().cross_entropy(
         DTYPES[logits.dtype],
         logits.data_ptr(),
@@ -84,3 +90,26 @@ def _kernel(
         softcap,
         torch.get_num_threads(),
     )
+
+
+def _plain_kernel(
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logits: Tensor,
+    targets: Tensor,
+    scales: chunked.Scales,
+    losses: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+) -> None:
+    x = logits.float()
+    tanh = torch.tanh(x / softcap) if softcap is not None else None
+    x = x if softcap is None or tanh is None else softcap * tanh
+    token = reference.from_logits(x, targets, ignore_index, label_smoothing, z_loss)
+    for out, value in zip((losses, logprobs, entropy), token, strict=True):
+        out.copy_(value)
+    if any(s is not None for s in scales):
+        grad = reference.logits_gradient(x, targets, entropy, scales, ignore_index, label_smoothing, z_loss)
+        logits.copy_(grad if tanh is None else grad * (1 - tanh * tanh))

@@ -37,18 +37,27 @@ def linear_cross_entropy(
     logits = hidden.to(wide) @ weight.to(wide).t()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    kept = targets != ignore_index
-    lse = logits.logsumexp(-1)
-    target_logit = logits.gather(-1, torch.where(kept, targets, 0)[..., None]).squeeze(-1)
-    losses = lse - (1 - label_smoothing) * target_logit - label_smoothing * logits.mean(-1) + z_loss * lse.square()
-    losses = torch.where(kept, losses, 0)
-    logprobs = torch.where(kept, target_logit - lse, 0)
-    probabilities = (logits - lse[..., None]).exp()
-    entropy = torch.where(kept, lse - (probabilities * logits).sum(-1), 0)
+    losses, logprobs, entropy = from_logits(logits, targets, ignore_index, label_smoothing, z_loss)
     if reduction == "none":
         return losses, logprobs, entropy
     total = losses.sum()
-    return total / kept.sum() if reduction == "mean" else total, logprobs, entropy
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total, logprobs, entropy
+
+
+def from_logits(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, log-probability and entropy, of capped logits `(..., vocab_size)`."""
+    kept = targets != ignore_index
+    lse = logits.logsumexp(-1)
+    log_p = logits.log_softmax(-1)
+    logprobs = log_p.gather(-1, torch.where(kept, targets, 0)[..., None]).squeeze(-1)
+    smoothing = lse - logits.mean(-1)
+    losses = z_loss * lse.square() + label_smoothing * smoothing - (1 - label_smoothing) * logprobs
+    highest = log_p.detach().amax(-1, keepdim=True)  # Σ p = 1: subtracting it changes nothing but the rounding
+    entropy = -(log_p.exp() * (log_p - highest)).sum(-1) - highest.squeeze(-1)
+    losses, logprobs, entropy = (torch.where(kept, t, 0) for t in (losses, logprobs, entropy))
+    return losses, logprobs, entropy
 
 
 def token_losses(
@@ -56,6 +65,8 @@ def token_losses(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor | None,
+    logprob_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -74,20 +85,44 @@ def token_losses(
         reduction="none",
     )
     grad_hidden, grad_weight = hidden.new_empty(0), weight.new_empty(0)
-    if scale is not None and (needs_hidden or needs_weight):
+    scales = (scale, logprob_scale, entropy_scale)
+    if any(s is not None for s in scales) and (needs_hidden or needs_weight):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.to(wide) @ weight.to(wide).t()
         tanh = torch.tanh(logits / softcap) if softcap is not None else None
         logits = logits if softcap is None or tanh is None else softcap * tanh
-        kept = (targets != ignore_index)[:, None]
-        lse = logits.logsumexp(-1, keepdim=True)
-        grad = (logits - lse).exp() * (1 + 2 * z_loss * lse) - label_smoothing / logits.shape[-1]
-        grad.scatter_add_(-1, torch.where(kept, targets[:, None], 0), torch.full_like(lse, label_smoothing - 1))
+        grad = logits_gradient(logits, targets, entropy, scales, ignore_index, label_smoothing, z_loss)
         if tanh is not None:
             grad *= 1 - tanh * tanh
-        grad = torch.where(kept, grad * scale[:, None], 0)
         if needs_hidden:
             grad_hidden = (grad @ weight.to(wide)).to(hidden.dtype)
         if needs_weight:
             grad_weight = (grad.t() @ hidden.to(wide)).to(weight.dtype).contiguous()
     return losses, logprobs, entropy, grad_hidden, grad_weight
+
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """Gradient in the capped logits `(tokens, vocab_size)` of a sum of the losses, the log-probabilities and the
+    entropies, each token's weighted by `scales`: with p the softmax and H the entropy,
+
+        d loss = p (1 + 2 z lse) - ε / vocab_size - (1 - ε) onehot,  d logprob = onehot - p,  d H = -p (log p + H).
+    """
+    kept = targets != ignore_index
+    zero = torch.zeros_like(entropy)
+    scale, logprob_scale, entropy_scale = (zero if s is None else s.to(zero.dtype) for s in scales)
+    lse = logits.logsumexp(-1, keepdim=True)
+    log_p = logits.log_softmax(-1)
+    grad = (scale - logprob_scale)[:, None] + (2 * z_loss * scale)[:, None] * lse
+    grad = grad - entropy_scale[:, None] * (log_p + entropy[:, None])
+    grad = grad * log_p.exp() - (scale * label_smoothing / logits.shape[-1])[:, None]
+    at_target = logprob_scale - scale * (1 - label_smoothing)
+    grad.scatter_add_(-1, torch.where(kept, targets, 0)[:, None], at_target[:, None])
+    return torch.where(kept[:, None], grad, 0)

@@ -54,9 +54,10 @@ def _tanh(x):
 
 @triton.jit
 def _kernel(
-    logits_ptr, targets_ptr, scale_ptr, losses_ptr, logprobs_ptr, entropy_ptr,
+    logits_ptr, targets_ptr, scale_ptr, logprob_scale_ptr, entropy_scale_ptr, losses_ptr, logprobs_ptr, entropy_ptr,
     stride, vocab_size, ignore_index, label_smoothing, z_loss, softcap,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_LOGPROB_SCALE: tl.constexpr, HAS_ENTROPY_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -66,7 +67,7 @@ def _kernel(
         tl.store(losses_ptr + row, 0.0)
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
-        if HAS_SCALE:
+        if HAS_SCALE or HAS_LOGPROB_SCALE or HAS_ENTROPY_SCALE:
             for start in range(0, vocab_size, BLOCK):
                 mask = start + columns < vocab_size
                 tl.store(logits_ptr + start + columns, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask)
@@ -100,12 +101,24 @@ def _kernel(
         loss = -(1.0 - label_smoothing) * logprob + label_smoothing * (lse - mean) + z_loss * lse * lse
         tl.store(losses_ptr + row, loss)
         tl.store(logprobs_ptr + row, logprob)
-        tl.store(entropy_ptr + row, log_normalizer - tl.sum(weighted_sum) / normalizer)
-        if HAS_SCALE:
-            scale = tl.where(in_range, tl.load(scale_ptr + row), float("nan"))
-            factor = scale * (1.0 + 2.0 * z_loss * lse) / normalizer
-            uniform = scale * label_smoothing / vocab_size
-            at_target = scale * (1.0 - label_smoothing)
+        entropy = log_normalizer - tl.sum(weighted_sum) / normalizer
+        tl.store(entropy_ptr + row, entropy)
+        if HAS_SCALE or HAS_LOGPROB_SCALE or HAS_ENTROPY_SCALE:
+            factor = tl.where(in_range, 0.0, float("nan"))  # of the softmax
+            uniform = 0.0
+            at_target = 0.0
+            if HAS_SCALE:
+                scale = tl.load(scale_ptr + row)
+                factor += scale * (1.0 + 2.0 * z_loss * lse)
+                uniform = scale * label_smoothing / vocab_size
+                at_target = scale * (1.0 - label_smoothing)
+            if HAS_LOGPROB_SCALE:
+                logprob_scale = tl.load(logprob_scale_ptr + row)
+                factor -= logprob_scale
+                at_target -= logprob_scale
+            factor /= normalizer
+            if HAS_ENTROPY_SCALE:
+                entropy_factor = tl.load(entropy_scale_ptr + row) / normalizer
             for start in range(0, vocab_size, BLOCK):
                 mask = start + columns < vocab_size
                 x = tl.load(logits_ptr + start + columns, mask, 0.0).to(tl.float32)
@@ -113,7 +126,10 @@ def _kernel(
                 if HAS_SOFTCAP:
                     tanh, slope = _tanh(x / softcap)
                     x = softcap * tanh
-                gradient = tl.exp(x - peak) * factor - uniform
+                share = factor
+                if HAS_ENTROPY_SCALE:
+                    share = factor - entropy_factor * ((x - peak) - (log_normalizer - entropy))
+                gradient = tl.exp(x - peak) * share - uniform
                 gradient -= tl.where(start + columns == target, at_target, 0.0)
                 tl.store(logits_ptr + start + columns, gradient * slope, mask)
 
@@ -125,15 +141,17 @@ def _launch(
     softcap: float | None,
     logits: Tensor,
     targets: Tensor,
-    scale: Tensor | None,
+    scales: chunked.Scales,
     losses: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
+    has_scale, has_logprob_scale, has_entropy_scale = (s is not None for s in scales)
     _kernel[(logits.shape[0],)](
-        logits, targets, losses if scale is None else scale, losses, logprobs, entropy,
+        logits, targets, *(losses if s is None else s for s in scales), losses, logprobs, entropy,
         logits.stride(0), logits.shape[1], ignore_index, label_smoothing, z_loss, 1.0 if softcap is None else softcap,
-        HAS_SCALE=scale is not None, HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
+        HAS_SCALE=has_scale, HAS_LOGPROB_SCALE=has_logprob_scale, HAS_ENTROPY_SCALE=has_entropy_scale,
+        HAS_SOFTCAP=softcap is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 
@@ -142,6 +160,8 @@ def token_losses(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor | None,
+    logprob_scale: Tensor | None,
+    entropy_scale: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -151,6 +171,7 @@ def token_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = partial(_launch, ignore_index, label_smoothing, z_loss, softcap)
     chunk_size = max(MIN_CHUNK, triton.cdiv(hidden.shape[0], MAX_CHUNKS))
+    scales = (scale, logprob_scale, entropy_scale)
     return chunked.token_losses(
-        kernel, chunk_size, weight.dtype, hidden, weight, targets, scale, needs_hidden, needs_weight
+        kernel, chunk_size, weight.dtype, hidden, weight, targets, scales, needs_hidden, needs_weight
     )

@@ -97,21 +97,28 @@ def sample(
     _check_logits(logits, num_logprobs, order)
     outputs = _sample(
         logits.detach(),
-        _row_setting("temperature", temperature, logits, torch.float32, low=0.0),
-        _row_setting("top_k", top_k, logits, torch.int64, low=0),
-        _row_setting("top_p", top_p, logits, torch.float32, low=0.0),
-        _row_setting("min_p", min_p, logits, torch.float32, low=0.0, high=1.0),
-        _row_setting("repetition_penalty", repetition_penalty, logits, torch.float32, above=0.0),
-        _row_setting("presence_penalty", presence_penalty, logits, torch.float32),
-        _row_setting("frequency_penalty", frequency_penalty, logits, torch.float32),
-        _token_ids("prompt_ids", prompt_ids, logits),
-        _token_ids("output_ids", output_ids, logits),
-        _row_setting("seed", seed, logits, torch.int64),
-        _row_setting("position", position, logits, torch.int64),
+        row_setting("temperature", temperature, logits, torch.float32, low=0.0),
+        row_setting("top_k", top_k, logits, torch.int64, low=0),
+        row_setting("top_p", top_p, logits, torch.float32, low=0.0),
+        row_setting("min_p", min_p, logits, torch.float32, low=0.0, high=1.0),
+        row_setting("repetition_penalty", repetition_penalty, logits, torch.float32, above=0.0),
+        row_setting("presence_penalty", presence_penalty, logits, torch.float32),
+        row_setting("frequency_penalty", frequency_penalty, logits, torch.float32),
+        token_ids("prompt_ids", prompt_ids, logits),
+        token_ids("output_ids", output_ids, logits),
+        row_setting("seed", seed, logits, torch.int64),
+        row_setting("position", position, logits, torch.int64),
         order == "vllm",
         return_logprobs,
         num_logprobs,
     )
+    return to_sample(outputs, return_logprobs, num_logprobs)
+
+
+def to_sample(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], return_logprobs: bool, num_logprobs: int
+) -> Sample:
+    """Of the op's outputs, those that were asked for."""
     ids, valid, logprobs, processed_logprobs, top_ids, top_logprobs = outputs
     return Sample(
         ids,
@@ -128,13 +135,18 @@ def _check_logits(logits: Tensor, num_logprobs: int, order: str) -> None:
         raise ValueError(f"logits must be (batch, vocab_size) with vocab_size > 0, not {tuple(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits must be fp32, bf16 or fp16, not {logits.dtype}")
-    if not 0 <= num_logprobs <= logits.shape[1]:
-        raise ValueError(f"num_logprobs must be between 0 and vocab_size ({logits.shape[1]}), not {num_logprobs}")
+    check_options(logits.shape[1], num_logprobs, order)
+
+
+def check_options(vocab_size: int, num_logprobs: int, order: str) -> None:
+    """Raises ValueError when one does not fit."""
+    if not 0 <= num_logprobs <= vocab_size:
+        raise ValueError(f"num_logprobs must be between 0 and vocab_size ({vocab_size}), not {num_logprobs}")
     if order not in ("hf", "vllm"):
         raise ValueError(f'order must be "hf" or "vllm", not {order!r}')
 
 
-def _row_setting(
+def row_setting(
     name: str,
     value: Setting | None,
     logits: Tensor,
@@ -144,7 +156,10 @@ def _row_setting(
     high: float = math.inf,
     above: float = -math.inf,
 ) -> Tensor | None:
-    """`value` as a `(batch,)` tensor. Numbers are checked; tensors are not read, which would wait for the GPU."""
+    """`value` as a `(batch,)` tensor, batch and device being those of `logits`.
+
+    Numbers are checked; tensors are not read, which would wait for the GPU.
+    """
     if value is None:
         return None
     batch = logits.shape[0]
@@ -160,7 +175,7 @@ def _row_setting(
     return torch.full((batch,), value, dtype=dtype, device=logits.device)
 
 
-def _token_ids(name: str, ids: Tensor | None, logits: Tensor) -> Tensor | None:
+def token_ids(name: str, ids: Tensor | None, logits: Tensor) -> Tensor | None:
     if ids is None:
         return None
     batch = logits.shape[0]
