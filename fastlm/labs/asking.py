@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,7 +28,7 @@ def next_logprobs(
         raise ValueError(f"the tokenizer begins two of {', '.join(map(repr, words))} with the same token")
     found = []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        logits = asyncio.run(llm.apool(prompts[start : start + PROMPTS_AT_ONCE], pooling="logits"))
+        logits = llm.embed(prompts[start : start + PROMPTS_AT_ONCE], pooling="logits")
         found.append(torch.log_softmax(logits.float(), dim=-1)[:, ids])
         on_progress(min(1.0, (start + PROMPTS_AT_ONCE) / len(prompts)))
     return torch.cat(found)

@@ -116,7 +116,7 @@ def test_next_logprobs_are_those_of_the_whole_distribution() -> None:
     class Fake:
         tokenizer = SimpleNamespace(encode=lambda word, disallowed_special: [{"a": 4, "b": 7}[word], 1])
 
-        async def apool(self, prompts: list[str], pooling: str) -> torch.Tensor:
+        def embed(self, prompts: list[str], pooling: str) -> torch.Tensor:
             assert pooling == "logits"
             return logits[: len(prompts)]
 
