@@ -3,8 +3,8 @@
     python -m fastlm.benchmarks.learning_rates --data nsmc/reviews.txt
 
 Both default rates, Muon's of the blocks' matrices and AdamW's of the rest, are multiplied by the same factor. All but
-the width is equal: text, tokenizer, order of the data, depth, width of a head, steps. Results that are there already are
-kept, so that an interrupted call goes on.
+the width is equal: text, tokenizer, order of the data, depth, width of a head, steps. Results that are there already
+are kept, so that an interrupted call goes on.
 """
 
 from __future__ import annotations

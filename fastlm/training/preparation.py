@@ -1,4 +1,4 @@
-"""From source files to a prepared directory: tokenizer, token shards of both splits, manifest.
+"""From sources, files or data sets, to a prepared directory: tokenizer, token shards of both splits, manifest.
 
 Each source is encoded by itself, in a process of its own where several workers are asked for, into shards and a record
 of them in `<out>.partial`. What was interrupted goes on with the sources that have no record yet. At the end the shards
@@ -28,8 +28,9 @@ import numpy as np
 from fastlm._files import write_atomic
 from fastlm.errors import ConfigError, DataError, FastlmError
 from fastlm.tokenizer import BpeTrainer, Tokenizer
-from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset, sha256_file
-from fastlm.training.documents import Source, open_source
+from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset
+from fastlm.training.documents import FileSource, Source, open_source
+from fastlm.training.hub_datasets import is_dataset, open_dataset
 
 SHARD_TOKENS = 1 << 27
 EOS_TOKEN = "<|endoftext|>"
@@ -54,6 +55,8 @@ def prepare(
     vocab_size: int | None = None,
     valid_fraction: float = 0.1,
     column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
     by_line: bool = False,
     deduplicate: bool = False,
     workers: int = 1,
@@ -63,12 +66,14 @@ def prepare(
 
     Args:
         files: UTF-8 text, each a document; or JSON lines, CSV, TSV and Parquet, each row a document. Also .gz and .zst.
+            Or data sets of Hugging Face, by their id or the directory they were saved to; each row is a document.
         out: the directory to write; must not exist, or be empty. `.<out>.partial` beside it holds what is done; the
             same call goes on from there after an interruption.
         tokenizer: encodes the text; by default one is trained on the training part.
         vocab_size: of the trained tokenizer; by default chosen by the amount of text.
         valid_fraction: share that is kept for validation: of each text at its end, of rows by a hash of their text.
         column: of rows, the one that holds the text.
+        subset, split: of a Hugging Face data set.
         by_line: each line of a text file is a document.
         deduplicate: leaves out documents whose text has occurred before, spaces around it aside.
         workers: processes that encode, each a source at a time. The result does not depend on it.
@@ -89,7 +94,12 @@ def prepare(
         raise ConfigError(f"workers must be 1 or more, not {workers}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already; give another directory")
-    sources = [open_source(Path(f), column=column, by_line=by_line, valid_fraction=valid_fraction) for f in files]
+    sources: list[Source] = []
+    for file in map(Path, files):
+        if is_dataset(file):
+            sources += open_dataset(file, subset=subset, split=split, column=column, valid_fraction=valid_fraction)
+        else:
+            sources.append(open_source(file, column=column, by_line=by_line, valid_fraction=valid_fraction))
     if tokenizer is not None and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer has no end-of-text token; it needs a special token such as {EOS_TOKEN}")
     trainer = None if tokenizer is not None else _trainer(sources, vocab_size)
@@ -160,7 +170,7 @@ def _begin(
     """Keeps what an interrupted call with the same sources and options has done; else starts anew."""
     facts = [
         FORMAT_VERSION, SHARD_TOKENS, vocab_size, deduplicate, tokenizer and tokenizer.fingerprint(),
-        [[str(s.path.resolve()), s.path.stat().st_mtime_ns, s.path.stat().st_size, repr(s)] for s in sources],
+        [source.identity() for source in sources],
     ]  # fmt: skip
     plan = json.dumps(facts)
     path = directory / "plan.json"
@@ -174,8 +184,7 @@ def _begin(
 
 def _trainer(sources: list[Source], vocab_size: int | None) -> BpeTrainer:
     if vocab_size is None:
-        sizes = [s.path.stat().st_size if s.cut is None else s.cut for s in sources]
-        vocab_size = default_vocab_size(sum(sizes))
+        vocab_size = default_vocab_size(sum(source.train_bytes for source in sources))
     return BpeTrainer(vocab_size, special_tokens=[EOS_TOKEN])
 
 
@@ -196,12 +205,12 @@ def _each(
     stage: str, jobs: list[_Job], work: Callable[[_Job], object], workers: int, on_progress: OnProgress | None
 ) -> None:
     """Does `work` for every job, in this process or in several. Ctrl-C lets those that run finish."""
-    total = sum(job.source.path.stat().st_size for job in jobs)
+    total = sum(job.source.num_bytes for job in jobs)
     done = 0
 
     def count(job: _Job) -> None:
         nonlocal done
-        done += job.source.path.stat().st_size
+        done += job.source.num_bytes
         if on_progress is not None:
             on_progress(stage, done, total)
 
@@ -262,7 +271,7 @@ def _encode(tokenizer: Tokenizer, job: _Job) -> None:
         if number not in repeated:
             writers[split].add(pieces)
     splits = {split: writer.close() for split, writer in writers.items()}
-    write_atomic(job.record, json.dumps({"sha256": sha256_file(job.source.path), "splits": splits}))
+    write_atomic(job.record, json.dumps({"sha256": job.source.sha256(), "splits": splits}))
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -321,10 +330,10 @@ def _assemble(directory: Path, jobs: list[_Job], duplicates: int) -> None:
         splits[split] = {**counts, "shards": shards}
     sources = [
         {
-            "file": str(job.source.path),
-            "bytes": job.source.path.stat().st_size,
+            "file": job.source.name,
+            "bytes": job.source.num_bytes,
             "sha256": record["sha256"],
-            "valid_from": job.source.cut,
+            "valid_from": job.source.cut if isinstance(job.source, FileSource) else None,
             "documents": sum(record["splits"][split]["documents"] for split in SPLITS),
         }
         for job, record in zip(jobs, records, strict=True)
