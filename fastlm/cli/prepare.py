@@ -34,6 +34,9 @@ def command(
     by_line: Annotated[bool, typer.Option("--by-line", help="Each line of a text file is a document.")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Leave out repeated documents.")] = False,
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes, each a file at a time.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Encode on the Ray cluster of RAY_ADDRESS, or a new one of this machine.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Encode files once, for any number of training runs. What is interrupted goes on when asked again.
@@ -63,6 +66,7 @@ def command(
             by_line=by_line,
             deduplicate=deduplicate,
             workers=workers,
+            ray=ray,
             on_progress=lambda stage, done, total: status.update(
                 f"{stage}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
             ),

@@ -15,11 +15,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from fastlm.tokenizer import BpeTrainer, Tokenizer
 from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset
 from fastlm.training.documents import FileSource, Source, open_source
 from fastlm.training.hub_datasets import is_dataset, open_dataset
+from fastlm.training.preparation_workers import check_ray, for_each
 
 SHARD_TOKENS = 1 << 27
 EOS_TOKEN = "<|endoftext|>"
@@ -60,6 +58,7 @@ def prepare(
     by_line: bool = False,
     deduplicate: bool = False,
     workers: int = 1,
+    ray: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenDataset:
     """Writes a prepared directory, whole or not at all, and opens it.
@@ -77,6 +76,8 @@ def prepare(
         by_line: each line of a text file is a document.
         deduplicate: leaves out documents whose text has occurred before, spaces around it aside.
         workers: processes that encode, each a source at a time. The result does not depend on it.
+        ray: tasks of Ray encode instead, on the cluster that the environment's RAY_ADDRESS names, else on this machine.
+            All machines must share the directories. The result does not depend on it.
         on_progress: called with (stage, bytes done, bytes in all); of compressed files, bytes of the file.
 
     Raises:
@@ -92,6 +93,10 @@ def prepare(
         raise ConfigError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
     if workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {workers}")
+    if ray:
+        check_ray()
+        if workers != 1:
+            raise ConfigError("give workers or ray, not both: Ray runs as many tasks as its cluster has CPUs")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already; give another directory")
     sources: list[Source] = []
@@ -116,8 +121,8 @@ def prepare(
                 assert tokenizer is not None
                 tokenizer.save(kept)
             jobs = [_Job(i, source, partial_directory, SHARD_TOKENS) for i, source in enumerate(sources)]
-            duplicates = _mark_duplicates(jobs, workers, on_progress) if deduplicate else 0
-            _encode_all(jobs, workers, on_progress)
+            duplicates = _mark_duplicates(jobs, workers, ray, on_progress) if deduplicate else 0
+            _encode_all(jobs, workers, ray, on_progress)
             _assemble(partial_directory, jobs, duplicates)
         except FastlmError:
             shutil.rmtree(partial_directory, ignore_errors=True)
@@ -195,51 +200,31 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
                 yield from pieces
 
 
-def _encode_all(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> None:
+def _encode_all(jobs: list[_Job], workers: int, ray: bool, on_progress: OnProgress | None) -> None:
     todo = [job for job in jobs if not job.record.exists()]
     tokenizer = Tokenizer.from_file(jobs[0].directory / "tokenizer.json")
-    _each("encoding", todo, partial(_encode, tokenizer), workers, on_progress)
+    _each("encoding", todo, partial(_encode, tokenizer), workers, ray, on_progress)
 
 
 def _each(
-    stage: str, jobs: list[_Job], work: Callable[[_Job], object], workers: int, on_progress: OnProgress | None
+    stage: str,
+    jobs: list[_Job],
+    work: Callable[[_Job], object],
+    workers: int,
+    ray: bool,
+    on_progress: OnProgress | None,
 ) -> None:
-    """Does `work` for every job, in this process or in several. Ctrl-C lets those that run finish."""
     total = sum(job.source.num_bytes for job in jobs)
     done = 0
-
-    def count(job: _Job) -> None:
-        nonlocal done
+    for job in for_each(jobs, work, workers=workers, ray=ray):
         done += job.source.num_bytes
         if on_progress is not None:
             on_progress(stage, done, total)
 
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            work(job)
-            count(job)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _ignore_interrupts)
-    try:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            future.result()
-            count(futures[future])
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory; the same command goes on") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
-
-def _ignore_interrupts() -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _mark_duplicates(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> int:
+def _mark_duplicates(jobs: list[_Job], workers: int, ray: bool, on_progress: OnProgress | None) -> int:
     """Writes which documents of each source have occurred before; returns how many."""
-    _each("comparing", [job for job in jobs if not job.hashes.exists()], _hash, workers, on_progress)
+    _each("comparing", [job for job in jobs if not job.hashes.exists()], _hash, workers, ray, on_progress)
     seen: set[bytes] = set()
     count = 0
     for job in jobs:
