@@ -317,9 +317,10 @@ def _new_data(
     from fastlm.tokenizer import Tokenizer
     from fastlm.training import MixedDataset, TokenDataset, prepare
     from fastlm.training.data import MANIFEST
+    from fastlm.training.hub_datasets import is_dataset
     from fastlm.training.run_directory import delete_run
 
-    directories = [path for path in data if path.is_dir()]
+    directories = [path for path in data if path.is_dir() and not is_dataset(path)]
     if directories:
         if len(directories) < len(data):
             raise ConfigError(f"{directories[0]} is a directory; give prepared directories, or text files")
@@ -363,6 +364,7 @@ def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> T
     """The data of an unfinished run. Raises ConfigError when other data was given, or it is no longer the same."""
     from fastlm.training import MixedDataset, TokenDataset
     from fastlm.training.data import sha256_file
+    from fastlm.training.hub_datasets import is_dataset
 
     def opened(directories: Sequence[str | Path]) -> TokenDataset | MixedDataset:
         datasets = [TokenDataset(directory) for directory in directories]
@@ -371,10 +373,14 @@ def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> T
     inside = out / "data"
     dataset = opened([inside] if inside.is_dir() else run.data.split(os.pathsep))
     changed = dataset.fingerprint != run.data_fingerprint
-    if data and data[0].is_dir():
+    if data and data[0].is_dir() and not is_dataset(data[0]):
         changed |= len(data) != max(1, len(run.weights)) or opened(data).fingerprint != run.data_fingerprint
     elif data and isinstance(dataset, MixedDataset):
         changed = True
+    elif data and any(is_dataset(path) for path in data):
+        assert isinstance(dataset, TokenDataset)
+        names = [source["file"] for source in dataset.manifest.sources]
+        changed |= not all(any(name.startswith(f"{path}:") or name == str(path) for name in names) for path in data)
     elif data:
         assert isinstance(dataset, TokenDataset)
         missing = [path for path in data if not path.is_file()]
