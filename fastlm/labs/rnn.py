@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Literal
 
 import numpy as np
 import torch
 
 from fastlm.labs.episodes import IGNORED, Episodes, logits_of, train_on_episodes
+from fastlm.labs.equal_models import Kind, matched, parameters, transformer
 from fastlm.labs.result import Cell
 from fastlm.labs.small_models import prepare_documents, train_model
 from fastlm.labs.statistics import Spread, spread
 from fastlm.labs.workbench import Workbench
-from fastlm.model import ModelConfig, build_model
-from fastlm.model.checkpoint import AnyConfig
-from fastlm.model.rnn import CELLS, RNNConfig
+from fastlm.model import build_model
 from fastlm.training import TrainingConfig
-
-Kind = Literal["transformer", "rnn", "lstm", "gru"]
 
 SYMBOLS = 16
 MARK, ASK = SYMBOLS, SYMBOLS + 1
 DISTANCES = (1, 4, 16, 64, 256, 512)
-RECALL_STEPS, RECALL_ROWS, RECALL_QUESTIONS = 400, 24, 128
+RECALL_STEPS, RECALL_ROWS, RECALL_QUESTIONS = 250, 24, 128
 LENGTHS = (64, 256, 1024, 4096)
 TIMED_RUNS = 3
 REVIEWS, TEXT_VOCAB, TEXT_CONTEXT = 12_000, 512, 64
@@ -55,37 +51,6 @@ def run(lab: Workbench) -> None:
         draw(lab, recalled, timed)
     with lab.part("같은 한국어 글의 손실", "loss on the same Korean text"):
         text_loss(lab)
-
-
-def matched(transformer: ModelConfig) -> dict[Kind, AnyConfig]:
-    """The transformer, and of each cell the width whose number of parameters is nearest to its."""
-    target = parameters(transformer)
-    found: dict[Kind, AnyConfig] = {"transformer": transformer}
-    for cell in CELLS:
-        configs = [
-            RNNConfig(transformer.vocab_size, width, 1, transformer.context_length, cell) for width in range(8, 400)
-        ]
-        found[cell] = min(configs, key=lambda c: abs(parameters(c) - target))  # type: ignore[index]
-    return found
-
-
-def parameters(config: AnyConfig) -> int:
-    """Counted on the meta device, where weights take no memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config).parameters())
-
-
-def transformer(vocab_size: int, hidden_size: int, context_length: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=hidden_size // 2,
-        intermediate_size=3 * hidden_size,
-        context_length=context_length,
-    )
 
 
 def puzzle(generator: np.random.Generator, rows: int, distance: int) -> Episodes:
@@ -126,14 +91,22 @@ def recall(lab: Workbench) -> dict[Kind, list[Spread]]:
         [[kind, parameters(configs[kind]), *map(str, values)] for kind, values in found.items()],
     )
     furthest = {kind: values[-1].mean for kind, values in found.items()}
-    best = max(value for kind, value in furthest.items() if kind != "transformer")
     lab.number(f"recall at {DISTANCES[-1]}", furthest)
+    said = ", ".join(f"{kind} {share:.2f}" for kind, share in furthest.items())
+    far = DISTANCES[-1]
     lab.finding(
-        lab.say("가장 멀리서는 트랜스포머만 떠올린다", "At the longest distance only the transformer recalls"),
-        furthest["transformer"] > 0.9 and best < 0.5,
+        lab.say("트랜스포머는 아무리 멀어도 떠올린다", "The transformer recalls however far back"),
+        all(share.mean > 0.9 for share in found["transformer"]),
+        lab.say(f"k={far}에서 떠올린 비율은 {said}입니다.", f"At k={far} the shares recalled are {said}."),
+    )
+    lab.finding(
+        lab.say("문이 없는 순환 신경망은 멀면 잊는다", "A recurrent network without gates forgets what is far"),
+        furthest["rnn"] < 0.2,
         lab.say(
-            f"k={DISTANCES[-1]}에서 트랜스포머 {furthest['transformer']:.2f}, 나머지는 {best:.2f}까지입니다.",
-            f"At k={DISTANCES[-1]} the transformer recalls {furthest['transformer']:.2f}, the best other {best:.2f}.",
+            f"rnn은 k=1에서 {found['rnn'][0].mean:.2f}, k={far}에서 {furthest['rnn']:.2f}입니다. "
+            f"문이 있는 lstm은 {furthest['lstm']:.2f}, gru는 {furthest['gru']:.2f}입니다.",
+            f"The rnn recalls {found['rnn'][0].mean:.2f} at k=1 and {furthest['rnn']:.2f} at k={far}. For this single "
+            f"symbol the gates of lstm ({furthest['lstm']:.2f}) and gru ({furthest['gru']:.2f}) decide.",
         ),
     )
     return found
