@@ -84,7 +84,9 @@ def command(
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences of a step.")] = None,
     accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
-    embedding_lr: Annotated[float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest.")] = None,
+    embedding_lr: Annotated[
+        float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest. [default: by width]")
+    ] = None,
     schedule: Annotated[
         ScheduleName | None, typer.Option("--schedule", help="How the rate falls at the end. [default: linear]")
     ] = None,
@@ -121,6 +123,9 @@ def command(
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Train nothing; find a rate in 100 steps, and draw <out>/rates.png.")
     ] = False,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="A prompt; show what the model writes after it at each evaluation.")
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write what log.jsonl holds for TensorBoard.")
     ] = False,
@@ -191,7 +196,7 @@ def command(
     with _nothing_left_behind(out) if world.is_main else nullcontext():
         description = world.from_main(plan)
         dataset = _recorded_data(out, description, None)
-        _run(out, description, dataset, started_at, parallel, world, tensorboard, as_json)
+        _run(out, description, dataset, started_at, parallel, world, tensorboard, sample, as_json)
 
 
 @contextmanager
@@ -244,6 +249,7 @@ def _run(
     parallel: ParallelName,
     world: World,
     tensorboard: bool,
+    sample: str | None,
     as_json: bool,
 ) -> None:
     from fastlm.training import train
@@ -259,6 +265,7 @@ def _run(
             started_at=started_at,
             parallel=parallel.value,
             tensorboard=tensorboard,
+            sample_prompt=sample,
         )
     world.close()
     if not world.is_main:
@@ -287,7 +294,7 @@ def _describe(
 ) -> RunDescription:
     """A new run: what was given, and defaults that suit the text, the time and the machine."""
     from fastlm.training import PRESETS, TrainingConfig, rnn_config, transformer_config
-    from fastlm.training.config import fast_dtype, preset_for
+    from fastlm.training.config import embedding_learning_rate, fast_dtype, preset_for
     from fastlm.training.run_directory import RunDescription
 
     training = {name: value for name, value in given_training.items() if value is not None}
@@ -297,6 +304,8 @@ def _describe(
     preset = replace(PRESETS[name], **{k: v for k, v in given_model.items() if v is not None})
     cell = architecture.value if architecture else "transformer"
     vocab_size = dataset.tokenizer.vocab_size
+    if cell == "transformer":
+        training.setdefault("embedding_learning_rate", embedding_learning_rate(preset.hidden_size))
     config: TrainingConfig = TrainingConfig(
         **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
     )
