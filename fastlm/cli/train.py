@@ -42,6 +42,11 @@ class PresetName(str, Enum):
     base = "base"
 
 
+class OptimizerName(str, Enum):
+    muon = "muon"
+    adamw = "adamw"
+
+
 class ScheduleName(str, Enum):
     linear = "linear"
     cosine = "cosine"
@@ -83,7 +88,12 @@ def command(
     context_length: Annotated[int | None, typer.Option("--context-length", help="Tokens of a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences of a step.")] = None,
     accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
+    optimizer: Annotated[
+        OptimizerName | None, typer.Option("--optimizer", help="Of the blocks' matrices. [default: muon]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Peak rate for the blocks' matrices. [default: by optimizer]")
+    ] = None,
     embedding_lr: Annotated[
         float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest. [default: by width]")
     ] = None,
@@ -156,6 +166,7 @@ def command(
         "steps": steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
+        "optimizer": optimizer and optimizer.value,
         "learning_rate": lr,
         "embedding_learning_rate": embedding_lr,
         "dtype": dtype and dtype.value,
@@ -294,7 +305,7 @@ def _describe(
 ) -> RunDescription:
     """A new run: what was given, and defaults that suit the text, the time and the machine."""
     from fastlm.training import PRESETS, TrainingConfig, rnn_config, transformer_config
-    from fastlm.training.config import embedding_learning_rate, fast_dtype, preset_for
+    from fastlm.training.config import adamw_learning_rate, embedding_learning_rate, fast_dtype, preset_for
     from fastlm.training.run_directory import RunDescription
 
     training = {name: value for name, value in given_training.items() if value is not None}
@@ -306,6 +317,8 @@ def _describe(
     vocab_size = dataset.tokenizer.vocab_size
     if cell == "transformer":
         training.setdefault("embedding_learning_rate", embedding_learning_rate(preset.hidden_size))
+    if training.get("optimizer") == "adamw":
+        training.setdefault("learning_rate", adamw_learning_rate(preset.hidden_size))
     config: TrainingConfig = TrainingConfig(
         **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
     )

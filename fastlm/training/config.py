@@ -114,6 +114,11 @@ def embedding_learning_rate(hidden_size: int) -> float:
     return TrainingConfig.embedding_learning_rate * PRESETS["tiny"].hidden_size / hidden_size
 
 
+def adamw_learning_rate(hidden_size: int) -> float:
+    """AdamW's rate for the matrices of the blocks, where it takes Muon's place. It too falls as the width grows."""
+    return 0.002 * PRESETS["tiny"].hidden_size / hidden_size
+
+
 def transformer_config(
     vocab_size: int, preset: Preset, *, num_kv_heads: int | None = None, qk_norm: bool = True
 ) -> ModelConfig:
