@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def main() -> None:
 
 def one(dataset: TokenDataset, rule: str, width: int, factor: float) -> dict[str, Any]:
     """A run from random weights to the loss of the whole validation split, in nats a token."""
-    started = time.monotonic()
     model = transformer_config(dataset.tokenizer.vocab_size, Preset(width, LAYERS, HEAD_DIM, CONTEXT, BATCH_SIZE))
     default = TrainingConfig(steps=STEPS)
     others = default.embedding_learning_rate if rule == "same" else embedding_learning_rate(width)
@@ -84,7 +82,6 @@ def one(dataset: TokenDataset, rule: str, width: int, factor: float) -> dict[str
         "learning_rate": config.learning_rate,
         "embedding_learning_rate": config.embedding_learning_rate,
         "loss": round(result.loss, 4),
-        "seconds": round(time.monotonic() - started, 1),
     }
 
 
