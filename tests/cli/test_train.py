@@ -214,3 +214,20 @@ def test_a_rate_is_suggested_and_no_run_begins(fastlm, text_file: Path, tmp_path
     assert 1e-4 < said["lr"] < 4.0
     assert (tmp_path / "run" / "rates.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_rates_follow_the_width_and_the_optimizer_unless_they_are_given(
+    fastlm, text_file: Path, tmp_path: Path
+) -> None:
+    assert fastlm("prepare", text_file, "--out", tmp_path / "data", "--vocab-size", 300).returncode == 0
+
+    def rates(*options: object) -> tuple[str, float, float]:
+        common = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--steps", 1, *OPTIONS.split(), "--overwrite"]
+        assert fastlm("train", *common, *options).returncode == 0
+        training = json.loads((tmp_path / "run" / "run.json").read_text())["training"]
+        return training["optimizer"], training["learning_rate"], training["embedding_learning_rate"]
+
+    assert rates() == ("muon", 0.04, pytest.approx(0.008 * 192 / 64))
+    assert rates("--hidden-size", 192) == ("muon", 0.04, pytest.approx(0.008))
+    assert rates("--embedding-lr", 0.01, "--lr", 0.03) == ("muon", 0.03, 0.01)
+    assert rates("--optimizer", "adamw") == ("adamw", pytest.approx(0.002 * 192 / 64), pytest.approx(0.008 * 192 / 64))
