@@ -31,7 +31,8 @@ def compile_kernel(name: str, head_dim: int, chip: int, dtype: str = "bf16", **f
     from fastlm.ops.attention.tiles import tiles
 
     kernel = {"forward": forward._forward_kernel, "keys": backward._key_kernel, "queries": backward._query_kernel}[name]
-    cut = tiles(name, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, chip)
+    elements = bool(flags.get("BIAS") or flags.get("DROPOUT"))
+    cut = tiles(name, head_dim, torch.float32 if dtype == "fp32" else torch.bfloat16, chip, elements)
     signature = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(["inner", "factor", "scale", "keep_scale"], "fp32")
     signature |= {n: f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")}
     signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32"}
@@ -70,13 +71,16 @@ def test_every_option_at_once_compiles_onto_tensor_cores(kernel, chip):
     assert compiled.shared_bytes <= SHARED_LIMIT[chip]
 
 
+SPILLS_WITH_BIAS_AND_DROPOUT = {("keys", 256, 90): 8, ("keys", 512, 90): 8, ("keys", 512, 100): 8}  # bytes
+
+
 @pytest.mark.parametrize("kernel", ["forward", "keys", "queries"])
 @pytest.mark.parametrize("chip", [80, 90, 100])
-@pytest.mark.parametrize("flags", [{"BIAS": True, "BIAS_GRAD": True}, {"DROPOUT": True}])
-def test_bias_and_dropout_compile_onto_tensor_cores(kernel, chip, flags):
-    compiled = compile_kernel(kernel, 128, chip, **flags)
-    assert INSTRUCTION[chip] in compiled.ptx
-    assert compiled.spill_bytes <= 0
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_bias_and_dropout_compile_onto_tensor_cores(kernel, chip, head_dim):
+    compiled = compile_kernel(kernel, head_dim, chip, BIAS=True, BIAS_GRAD=True, DROPOUT=True)
+    assert compiled.tensor_core_instructions > 0
+    assert compiled.spill_bytes <= SPILLS_WITH_BIAS_AND_DROPOUT.get((kernel, head_dim, chip), 0)
     assert compiled.shared_bytes <= SHARED_LIMIT[chip]
 
 

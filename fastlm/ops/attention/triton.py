@@ -27,6 +27,7 @@ from fastlm.ops.attention.triton_elements import is_kept, load_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+MAX_BIAS_STRIDE = 2**23  # times 128 rows of a tile: 30 bits
 
 
 def supports(
@@ -148,7 +149,7 @@ def key_phases(
 @triton.jit
 def _attend(
     acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, end, positions, seq_k, window, inner, factor,
-    bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries, seq_q,
+    bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_query, seq_q,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -162,7 +163,9 @@ def _attend(
             logits = tanh(logits * inner)
         scale = factor
         if BIAS:
-            bias = load_bias(bias_ptr, bias_stride, bias_key_stride, queries, tile + columns, seq_q, seq_k, False)
+            bias = load_bias(
+                bias_ptr, bias_stride, bias_key_stride, first_query, tile, seq_q, seq_k, BLOCK_M, BLOCK_N, False
+            )  # fmt: skip
             logits = logits * factor + bias * LOG2_E
             scale = 1.0
         if MASKED:
@@ -181,7 +184,7 @@ def _attend(
         decay = tl.exp2(highest - subtract)
         total = total * decay + tl.sum(weights, 1)
         if DROPOUT:  # of what is multiplied with v; the sum is of all
-            kept = is_kept(seed_ptr, threshold, plane, queries, tile, BLOCK_M, BLOCK_N)
+            kept = is_kept(seed_ptr, threshold, plane, first_query, tile, BLOCK_M, BLOCK_N)
             weights = tl.where(kept, weights * keep_scale, 0.0)
         v = load_tile(v_ptr + offset * v_stride, v_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
         acc = matmul(weights.to(v.dtype), v, acc * decay[:, None], PRECISION)
@@ -231,9 +234,8 @@ def _forward_kernel(
 
     bias_ptr += batch * bias_batch_stride + head * bias_head_stride
     rows = tl.arange(0, BLOCK_M)
-    queries = first_row + rows
     shift = seq_k - seq_q
-    positions = queries + shift
+    positions = first_row + rows + shift
     last_row = tl.minimum(first_row + BLOCK_M, seq_q) - 1
     q = load_tile(q_ptr, q_stride, rows, seq_q - first_row, True, HEAD_DIM, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -248,17 +250,17 @@ def _forward_kernel(
     if WINDOW:
         acc, highest, total = _attend(
             acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, positions, seq_k, window,
-            inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries,
+            inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row,
             seq_q, True, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end, positions, seq_k, window,
-        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries, seq_q,
+        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row, seq_q,
         False, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_end, end, positions, seq_k, window,
-        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries, seq_q,
+        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row, seq_q,
         True, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
 
@@ -309,6 +311,8 @@ def plan(
         precision = "widened"
     else:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if bias is not None and max(bias.stride()[-2:], default=0) >= MAX_BIAS_STRIDE:
+        bias = bias.contiguous()
     wide_bias = q if bias is None else bias.expand(q.shape[0], heads, seq_q, seq_k)
     bias_strides = (0,) * 4 if bias is None else wide_bias.stride()
     return Launch(
@@ -377,7 +381,7 @@ def forward(
         lse = torch.full((call.heads, call.seq_q), -torch.inf, dtype=torch.float32, device=q.device)
     else:
         lse = torch.empty((call.batch, call.heads, call.seq_q), dtype=torch.float32, device=q.device)
-    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device))
+    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device), bias is not None or dropout > 0)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 in grid:
         return out, lse

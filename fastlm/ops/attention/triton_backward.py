@@ -80,7 +80,9 @@ def _key_gradients(
         if SOFTCAP:
             logits = tanh(logits * inner)
         if BIAS:
-            bias = load_bias(bias_ptr, bias_stride, bias_key_stride, tile + columns, keys, seq_q, seq_k, True)
+            bias = load_bias(
+                bias_ptr, bias_stride, bias_key_stride, tile, first_key, seq_q, seq_k, BLOCK_M, BLOCK_N, True
+            )  # fmt: skip
             lse = tl.where(lse == float("-inf"), 0.0, lse)  # of a row whose every key the bias hides
             weights = tl.exp2(logits * factor + (bias - lse[None, :]) * LOG2_E)
         else:
@@ -96,7 +98,7 @@ def _key_gradients(
         grad_out = load_tile(grad_out_ptr + offset * grad_stride, grad_stride, columns, left, True, HEAD_DIM, BLOCK_D)
         delta = tl.load(delta_ptr + offset + columns, columns < left, 0.0)
         if DROPOUT:
-            kept = tl.trans(is_kept(seed_ptr, threshold, plane, tile + columns, first_key, BLOCK_M, BLOCK_N))
+            kept = tl.trans(is_kept(seed_ptr, threshold, plane, tile, first_key, BLOCK_M, BLOCK_N))
             dropped = tl.where(kept, weights * keep_scale, 0.0)
             grad_v = matmul(dropped.to(grad_out.dtype), grad_out, grad_v, PRECISION)
             grad_weights = tl.where(kept, matmul(v, tl.trans(grad_out), None, PRECISION) * keep_scale, 0.0)
@@ -196,7 +198,7 @@ def _key_kernel(
 def _query_gradient(
     grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, whole_end, end,
     positions, seq_k, window, inner, factor,
-    bias_ptr, grad_bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries, seq_q,
+    bias_ptr, grad_bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_query, seq_q,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -210,7 +212,9 @@ def _query_gradient(
         if SOFTCAP:
             logits = tanh(logits * inner)
         if BIAS:
-            bias = load_bias(bias_ptr, bias_stride, bias_key_stride, queries, tile + columns, seq_q, seq_k, False)
+            bias = load_bias(
+                bias_ptr, bias_stride, bias_key_stride, first_query, tile, seq_q, seq_k, BLOCK_M, BLOCK_N, False
+            )  # fmt: skip
             weights = tl.exp2(logits * factor + bias * LOG2_E - lse[:, None])
         else:
             weights = tl.exp2(logits * factor - lse[:, None])
@@ -225,13 +229,14 @@ def _query_gradient(
         v = load_tile(v_ptr + offset * v_stride, v_stride, columns, left, True, HEAD_DIM, BLOCK_D)
         grad_weights = matmul(grad_out, tl.trans(v), None, PRECISION)
         if DROPOUT:
-            kept = is_kept(seed_ptr, threshold, plane, queries, tile, BLOCK_M, BLOCK_N)
+            kept = is_kept(seed_ptr, threshold, plane, first_query, tile, BLOCK_M, BLOCK_N)
             grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
         grad_logits = weights * (grad_weights - delta[:, None])
         if BIAS_GRAD:
-            ptrs = grad_bias_ptr + queries.to(tl.int64)[:, None] * seq_k + (tile + columns)[None, :]
-            inside = (queries < seq_q)[:, None] & (tile + columns < seq_k)[None, :]
-            tl.store(ptrs, grad_logits.to(grad_bias_ptr.dtype.element_ty), inside)
+            rows = tl.arange(0, BLOCK_M)
+            ptrs = grad_bias_ptr + tl.cast(first_query, tl.int64) * seq_k + tile
+            inside = (rows < seq_q - first_query)[:, None] & (columns < left)[None, :]
+            tl.store(ptrs + (rows[:, None] * seq_k + columns[None, :]), grad_logits, inside)
         if SOFTCAP:
             grad_logits *= 1 - logits * logits
         grad_q = matmul(grad_logits.to(k.dtype), k, grad_q, PRECISION)
@@ -283,10 +288,9 @@ def _query_kernel(
     if BIAS_GRAD:
         grad_bias_ptr += (batch * heads + head) * seq_q * seq_k
     rows = tl.arange(0, BLOCK_M)
-    queries = first_row + rows
     left = seq_q - first_row
     shift = seq_k - seq_q
-    positions = queries + shift
+    positions = first_row + rows + shift
     last_row = tl.minimum(first_row + BLOCK_M, seq_q) - 1
     q = load_tile(q_ptr, q_stride, rows, left, True, HEAD_DIM, BLOCK_D)
     grad_out = load_tile(grad_out_ptr, grad_stride, rows, left, True, HEAD_DIM, BLOCK_D)
@@ -299,7 +303,7 @@ def _query_kernel(
     grad_q = _query_gradient(
         grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, whole_end, end,
         positions, seq_k, window, inner, factor,
-        bias_ptr, grad_bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, queries, seq_q,
+        bias_ptr, grad_bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row, seq_q,
         CAUSAL, WINDOW, SOFTCAP, BIAS, BIAS_GRAD, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     store_tile(grad_q_ptr, heads * HEAD_DIM, rows, left, grad_q * scale, HEAD_DIM, BLOCK_D)
@@ -350,7 +354,8 @@ def backward(
     all_strides = tuple(stride for t in (q, k, v, grad_out) for stride in strides(t, call.packed))
     scalars = (call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor, scale)
 
-    cut = tiles("keys", q.shape[-1], q.dtype, chip)
+    has_elements = bias is not None or dropout > 0
+    cut = tiles("keys", q.shape[-1], q.dtype, chip, has_elements)
     grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, cut.block_n))
     if 0 not in grid:
         _key_kernel[grid](
@@ -362,7 +367,7 @@ def backward(
         # Tiles that no row sees are not written. What the bias shares among heads or sequences is summed in fp32.
         full = call.bias.shape == bias.shape
         wide_grad_bias = torch.zeros(call.bias.shape, dtype=bias.dtype if full else torch.float32, device=q.device)
-    cut = tiles("queries", q.shape[-1], q.dtype, chip)
+    cut = tiles("queries", q.shape[-1], q.dtype, chip, has_elements)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 not in grid:
         _query_kernel[grid](
