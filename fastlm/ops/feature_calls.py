@@ -184,7 +184,9 @@ FEATURES: dict[str, list[Feature]] = {
             lambda: _sample(temperature=torch.tensor([0.5, 1.0]), top_k=torch.tensor([0, 5])),
         ),
         Feature("logit bias", "로짓 bias", partial(_sample, logit_bias=torch.zeros(2, 40))),
-        Feature("grammar mask", "문법 마스크", partial(_sample, mask=torch.tensor([[5, 1], [7, 0]], dtype=torch.int32))),
+        Feature(
+            "grammar mask", "문법 마스크", partial(_sample, mask=torch.tensor([[5, 1], [7, 0]], dtype=torch.int32))
+        ),
         Feature("log-probabilities", "로그 확률", partial(_sample, return_logprobs=True)),
         Feature("most probable tokens", "가장 유력한 토큰들", partial(_sample, num_logprobs=3)),
     ],

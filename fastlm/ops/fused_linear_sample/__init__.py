@@ -7,7 +7,17 @@ from torch import Tensor
 
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
-from fastlm.ops.sampling import Order, Sample, Setting, bias_rows, check_options, checked_mask, row_setting, to_sample, token_ids
+from fastlm.ops.sampling import (
+    Order,
+    Sample,
+    Setting,
+    bias_rows,
+    check_options,
+    checked_mask,
+    row_setting,
+    to_sample,
+    token_ids,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -132,7 +142,8 @@ _fused_linear_sample = define_op(
     "fused_linear_sample(Tensor hidden, Tensor weight, Tensor temperature, Tensor? top_k, Tensor? top_p, "
     "Tensor? min_p, Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, "
     "Tensor? prompt_ids, Tensor? output_ids, Tensor seed, Tensor position, bool min_p_first, float? softcap, "
-    "bool return_logprobs, int num_logprobs, Tensor? logit_bias=None, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool return_logprobs, int num_logprobs, Tensor? logit_bias=None, Tensor? mask=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

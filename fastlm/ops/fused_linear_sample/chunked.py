@@ -22,7 +22,7 @@ def fused_linear_sample(
     return_logprobs: bool,
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`settings`: temperature, top_k, top_p, min_p, the three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
+    """`settings`: temperature, top_k, top_p, min_p, three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
     position."""
     batch, vocab_size = hidden.shape[0], weight.shape[0]
     chunk = max(LOGIT_BYTES // (4 * vocab_size), 1)

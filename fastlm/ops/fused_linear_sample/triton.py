@@ -217,7 +217,7 @@ def fused_linear_sample(
     return_logprobs: bool,
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`settings`: temperature, top_k, top_p, min_p, the three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
+    """`settings`: temperature, top_k, top_p, min_p, three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
     position."""
     temperature, *others, _, _, logit_bias, mask, seed, position = settings
     if num_logprobs or any(s is not None for s in (*others, logit_bias, mask)):
