@@ -1,5 +1,5 @@
 """On the CPU: `csrc/cpu/sampling.cpp` sorts nothing but a few candidates and copies nothing of the logits save blocks
-that penalties touch. What it reads, and how it filters, is told there. A bias and a mask are applied before it by torch,
+that penalties touch. What it reads, and how it filters, is told there. Bias and mask are applied before it by torch,
 to a copy.
 """
 
