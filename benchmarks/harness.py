@@ -44,6 +44,7 @@ class Case:
 
     `check(ours_output, peer_output)` raises AssertionError when they differ; it runs once for each peer before anything
     is timed. Outputs are what the callables return. `work` is how much one call does, in `unit`s ("bytes", "tokens").
+    `peak(side)`, of "ours" or a peer's name, measures the most memory that it takes, in a process of its own.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     bound: Bound | None = None
     work: float = 0.0
     unit: str = ""
+    peak: Callable[[str], float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """One peer of one case, beside ours. `ratio` is the peer's median over ours: above 1, we are faster."""
+    """One peer of one case, beside ours. `ratio` is the peer's median over ours: above 1, we are faster.
+
+    Peaks are of memory, in bytes, where they were measured.
+    """
 
     benchmark: str
     case: str
@@ -79,6 +84,13 @@ class Result:
     rate: float | None  # work a second, ours
     unit: str
     runs: int
+    ours_peak: float | None = None
+    peer_peak: float | None = None
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Our peak over the peer's: below 1, we take less."""
+        return self.ours_peak / self.peer_peak if self.ours_peak and self.peer_peak else None
 
     @property
     def share_of_bound(self) -> float | None:
@@ -245,6 +257,7 @@ def run_case(benchmark: str, case: Case, device: str, ceilings: Ceilings, second
     all_times = _times(functions, device, seconds)
     timings = [_summary(times) for times in all_times]
     ours = timings[0]
+    peaks = {side: case.peak(side) if case.peak else None for side in ("ours", *names)}
     return [
         Result(
             benchmark=benchmark,
@@ -258,6 +271,8 @@ def run_case(benchmark: str, case: Case, device: str, ceilings: Ceilings, second
             rate=case.work / ours.median if case.work else None,
             unit=case.unit,
             runs=ours.runs,
+            ours_peak=peaks["ours"],
+            peer_peak=peaks[peer],
         )
         for peer, timing in zip(names, timings[1:], strict=True)
     ]

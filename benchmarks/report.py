@@ -117,6 +117,11 @@ def rate_text(result: Result) -> str:
     return f"{_three_digits(result.rate / (scale or 1.0))} {prefix}{SCALED_UNITS[result.unit]}/s"
 
 
+def memory_text(result: Result) -> str:
+    """How much we take at the peak beside the peer: "0.45× the memory"; empty where it was not measured."""
+    return f"{result.memory_ratio:.2f}× the memory" if result.memory_ratio else ""
+
+
 def bound_text(result: Result) -> str:
     return f"{result.share_of_bound:.0%}" if result.share_of_bound else ""
 
@@ -144,7 +149,7 @@ def full_table(reports: list[Report]) -> str:
         ]
         parts += [
             f"| {r.benchmark} | {r.case} | {r.peer} | {time_text(r.peer_seconds)} | {time_text(r.ours_seconds)} "
-            f"| {r.ratio:.2f} | {rate_text(r)} | {bound_text(r)} |"
+            f"| {r.ratio:.2f} | {', '.join(filter(None, (rate_text(r), memory_text(r))))} | {bound_text(r)} |"
             for r in report.results
         ]
         parts += [""] + [f"Not measured: {f.benchmark}, {f.case}: {f.reason}" for f in report.failures]

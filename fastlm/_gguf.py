@@ -66,6 +66,9 @@ class GgufArray:
 class GgufFile:
     """The head of a GGUF file.
 
+    Args:
+        metadata_only: the tensors may be missing; none is listed.
+
     Attributes:
         size: of the file, in bytes.
         metadata: key -> int, float, bool, str, or GgufArray.
@@ -75,7 +78,7 @@ class GgufFile:
         CheckpointError: the file is missing, cut short or corrupt.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, metadata_only: bool = False) -> None:
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
@@ -88,7 +91,7 @@ class GgufFile:
         self._at = 0
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        self._read()
+        self._read(metadata_only)
 
     def array(self, key: str) -> list[Any] | None:
         """The items of the array under `key`, strings as bytes; None when there is no such array."""
@@ -104,7 +107,7 @@ class GgufFile:
             at = end
         return items
 
-    def _read(self) -> None:
+    def _read(self, metadata_only: bool) -> None:
         if self._take(4) != MAGIC:
             self._fail("is no GGUF file")
         version = self._number("I")
@@ -119,6 +122,8 @@ class GgufFile:
             if key in self.metadata:
                 self._fail(f"has the key {key[:60]!r} twice")
             self.metadata[key] = self._value(self._number("I"))
+        if metadata_only:
+            return
         infos = [self._tensor_info() for _ in range(num_tensors)]
         self._place(infos)
 

@@ -11,7 +11,7 @@ from fastlm.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*/*.md"))
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*/**/*.md"))
 
 ENGLISH = [page for page in PAGES if page == "README.md" or page.startswith("docs/en/")]
 
@@ -51,8 +51,12 @@ def test_every_page_exists_in_both_languages_with_the_same_code() -> None:
     def code(page: str) -> list[str]:
         return [re.sub(r" *#.*", "", block) for kind in ("sh", "python") for block in blocks(page, kind)]
 
-    english = {path.name for path in (ROOT / "docs" / "en").glob("*.md")}
-    assert english == {path.name for path in (ROOT / "docs" / "ko").glob("*.md")}
+    def pages(language: str) -> set[str]:
+        directory = ROOT / "docs" / language
+        return {str(path.relative_to(directory)) for path in directory.glob("**/*.md")}
+
+    english = pages("en")
+    assert english == pages("ko")
     pairs = [("README.md", "README.ko.md"), *((f"docs/en/{name}", f"docs/ko/{name}") for name in sorted(english))]
     for in_english, in_korean in pairs:
         assert code(in_english) == code(in_korean), in_korean

@@ -2,6 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <memory>
@@ -47,9 +50,18 @@ Parts parts_of(const py::list& list) {
     return parts;
 }
 
+// What building took is several times what is kept, and malloc would hold on to it.
+void give_back_memory(std::vector<std::pair<std::string, uint32_t>>& list) {
+    std::vector<std::pair<std::string, uint32_t>>().swap(list);
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 class SectionEncoder {
 public:
-    SectionEncoder(const py::list& pieces, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>& merges,
+    // `pieces` gives (bytes, id), one at a time: a str would keep the UTF-8 that is asked of it, beside itself.
+    SectionEncoder(const py::iterable& pieces, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>& merges,
             const std::optional<std::vector<float>>& scores, const std::vector<std::optional<uint32_t>>& byte_ids,
             std::optional<uint32_t> unknown, bool fuse_unknown, bool space_is_meta, bool split_at_meta) {
         SentencePieceEncoder::Options options;
@@ -62,7 +74,6 @@ public:
         const bool has_bytes = std::none_of(byte_ids.begin(), byte_ids.end(), [](const auto& id) { return !id; });
         if (!has_bytes && !unknown) throw py::value_error("there is neither an unknown token nor one for each byte");
         std::vector<std::pair<std::string, uint32_t>> list;
-        list.reserve(pieces.size());
         for (const py::handle item : pieces) list.push_back(py::cast<std::pair<std::string, uint32_t>>(item));
         if (merges.has_value() == scores.has_value()) throw py::value_error("give either merges or scores");
         const py::gil_scoped_release release;
@@ -71,6 +82,7 @@ public:
         } else {
             encoder_ = std::make_unique<SentencePieceEncoder>(list, *scores, options);
         }
+        give_back_memory(list);
     }
 
     py::list encode(const py::list& list) { return to_list(ids_of(parts_of(list))); }
@@ -145,7 +157,7 @@ void bind_sentencepiece(py::module_& m) {
     using tokenizer::SectionEncoder;
     using py::arg;
     py::class_<SectionEncoder>(m, "SentencePieceEncoder", "SentencePiece's byte-pair encoding with a fixed vocabulary.")
-        .def(py::init<const py::list&, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>&,
+        .def(py::init<const py::iterable&, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>&,
                       const std::optional<std::vector<float>>&, const std::vector<std::optional<uint32_t>>&,
                       std::optional<uint32_t>, bool, bool, bool>(),
              arg("pieces"), arg("merges"), arg("scores"), arg("byte_ids"), arg("unknown"), arg("fuse_unknown"),

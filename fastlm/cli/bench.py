@@ -156,7 +156,7 @@ def print_outcomes(outcomes: Sequence[Result | Failure]) -> None:
     from rich.text import Text
 
     from fastlm.benchmarks.harness import Failure
-    from fastlm.benchmarks.report import rate_text, time_text
+    from fastlm.benchmarks.report import memory_text, rate_text, time_text
 
     shown = None
     for outcome in outcomes:
@@ -172,7 +172,8 @@ def print_outcomes(outcomes: Sequence[Result | Failure]) -> None:
             f"    {outcome.peer:<24} {time_text(outcome.peer_seconds):>9}   fastlm {time_text(outcome.ours_seconds):>9}"
         )
         colour = "green" if outcome.ratio >= 1 else "red"
-        console.print(Text(times).append(f"  {outcome.ratio:>6.2f}×", colour), soft_wrap=True)
+        line = Text(times).append(f"  {outcome.ratio:>6.2f}×", colour)
+        console.print(line.append(f"  {memory_text(outcome)}".rstrip(), "dim"), soft_wrap=True)
 
 
 def _bound_text(result: Result) -> str:

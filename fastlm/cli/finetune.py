@@ -69,6 +69,9 @@ def command(
     minutes: Annotated[float | None, typer.Option("--minutes", help="Wall-clock, instead of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples of a step.")] = None,
     accumulation: Annotated[int, typer.Option("--accumulation", help="Parts a batch is computed in.")] = 1,
+    keep_best: Annotated[
+        int, typer.Option("--keep-best", help="How many of the best evaluations keep their weights.")
+    ] = 1,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak rate. [default: by size and --lora]")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="What layers compute in. [default: the faster on this machine]")
@@ -133,7 +136,7 @@ def command(
         delete_run(out)
     columns = Columns(text=text_column, label=label_column, prompt=prompt_column, response=response_column)
     examples = _examples(config, data, valid, columns, out, start.tokenizer, seed)
-    given = {"steps": steps, "minutes": minutes, "accumulation": accumulation, "seed": seed}
+    given = {"steps": steps, "minutes": minutes, "accumulation": accumulation, "seed": seed, "keep_best": keep_best}
     training = _training(config, examples, given, epochs, batch_size, lr, dtype, _size(start.model))
     with RunDisplay() as display, stop_on_signal() as stop:
         result = finetune(

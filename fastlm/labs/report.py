@@ -52,7 +52,7 @@ WORDS = {
 
 def print_result(result: LabResult, console: Console) -> None:
     words = WORDS[result.settings["lang"]]
-    console.print(f"\n[bold cyan]{result.idea}[/] {escape(result.title)}", highlight=False)
+    console.print(Text.assemble("\n", (result.idea, "bold cyan"), " ", result.title))
     for table in result.tables:
         console.print(_rich_table(table))
     for finding in result.findings:

@@ -25,6 +25,8 @@ from fastlm.nn import (
     QuantizedEmbedding,
     RMSNorm,
     SwiGLU,
+    can_recompute,
+    norm_and_project,
 )
 
 Norm = RMSNorm | LayerNorm
@@ -88,17 +90,45 @@ class Block(nn.Module):
         layer: int,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        hidden, residual = add_and_norm(self.input_layernorm, hidden, residual)
-        hidden = self.self_attn(hidden, *tables, positions=positions, cache=cache, layer=layer, cu_seqlens=cu_seqlens)
+        hidden, residual = self.attend(hidden, residual, tables, positions, cache, layer, cu_seqlens)
         if self.norm_after:
             hidden = self.post_attention_layernorm(hidden)
-            hidden, residual = add_and_norm(self.pre_feedforward_layernorm, hidden, residual)
+            hidden, residual = self.feed_forward(self.pre_feedforward_layernorm, hidden, residual)
         else:
-            hidden, residual = add_and_norm(self.post_attention_layernorm, hidden, residual)
-        hidden = self.mlp(hidden)
+            hidden, residual = self.feed_forward(self.post_attention_layernorm, hidden, residual)
         if self.post_feedforward_layernorm is not None:
             hidden = self.post_feedforward_layernorm(hidden)
         return hidden, residual
+
+    def attend(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        tables: tuple[Tensor, Tensor] | tuple[None, None],
+        positions: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        norm, attn = self.input_layernorm, self.self_attn
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        if can_recompute(norm, *projections):
+            assert isinstance(norm, RMSNorm)
+            (q, k, v), residual = norm_and_project(norm, hidden, residual, *projections)
+            cos, sin = tables
+            return attn.attend(q, k, v, cos, sin, positions, cache, layer, cu_seqlens), residual
+        hidden, residual = add_and_norm(norm, hidden, residual)
+        hidden = attn(hidden, *tables, positions=positions, cache=cache, layer=layer, cu_seqlens=cu_seqlens)
+        return hidden, residual
+
+    def feed_forward(self, norm: Norm | None, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        mlp = self.mlp
+        if isinstance(mlp, SwiGLU) and can_recompute(norm, mlp.gate_proj, mlp.up_proj):
+            assert isinstance(norm, RMSNorm)
+            (gate, up), residual = norm_and_project(norm, hidden, residual, mlp.gate_proj, mlp.up_proj)
+            return mlp.combine(gate, up), residual
+        hidden, residual = add_and_norm(norm, hidden, residual)
+        return mlp(hidden), residual
 
 
 def add_and_norm(norm: Norm | None, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

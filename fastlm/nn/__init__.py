@@ -6,6 +6,7 @@ from fastlm.nn.lora import LoRALinear
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP, SwiGLU
 from fastlm.nn.normalization import LayerNorm, RMSNorm
+from fastlm.nn.projections import can_recompute, norm_and_project
 from fastlm.nn.quantized import QuantizedEmbedding, QuantizedLinear
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "SwiGLU",
+    "can_recompute",
+    "norm_and_project",
 ]

@@ -77,10 +77,26 @@ class Attention(nn.Module):
         token that the cache holds. With `cu_seqlens`, `(sequences + 1,)` int32, the batch · seq tokens are sequences
         one after the other, whatever row they are in, and none sees another's tokens.
         """
-        batch, seq, _ = hidden.shape
-        q = self.q_proj(hidden).view(batch, seq, self.num_heads, self.head_dim)
-        k = self.k_proj(hidden).view(batch, seq, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(hidden).view(batch, seq, self.num_kv_heads, self.head_dim)
+        projected = (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+        return self.attend(*projected, cos, sin, positions, cache, layer, cu_seqlens)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What follows the projections: q, k and v are theirs, `(batch, seq, heads · head_dim)`."""
+        batch, seq, _ = q.shape
+        q = q.view(batch, seq, self.num_heads, self.head_dim)
+        k = k.view(batch, seq, self.num_kv_heads, self.head_dim)
+        v = v.view(batch, seq, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None and sin is not None:

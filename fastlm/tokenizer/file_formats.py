@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlm._gguf import MAGIC
 from fastlm.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load_file(path: str | Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise TokenizerError(f"{path}: {reason}; give the path of a tokenizer.json") from None
-    if start == gguf_format.MAGIC:
+    if start == MAGIC:
         return gguf_format.load_gguf(path)
     if path.suffix == ".model" or ".model." in path.name:
         return sentencepiece_format.load_sentencepiece(path)

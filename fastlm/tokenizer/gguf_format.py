@@ -1,7 +1,6 @@
 """Vocabularies in GGUF files: the metadata under `tokenizer.ggml.`.
 
-The format is github.com/ggml-org/ggml, docs/gguf.md. Only the metadata at the front of a file is read, and nothing in
-it is trusted: every count is checked against the bytes that are left before anything of that size is made.
+Only the metadata at the front of a file is read (`fastlm._gguf`), so the tensors behind it may be missing.
 
 Read are the models "gpt2" (byte-level BPE), "llama" (SentencePiece's BPE with scores) and "gemma4" (the same with
 merges). How a gpt2-like vocabulary splits text the file says by a name alone, `tokenizer.ggml.pre`; the names that are
@@ -10,12 +9,11 @@ known here stand for the pattern of the original tokenizer.json.
 
 from __future__ import annotations
 
-import mmap
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastlm.errors import TokenizerError
+from fastlm._gguf import GgufArray, GgufFile
+from fastlm.errors import CheckpointError, TokenizerError
 from fastlm.tokenizer.added_tokens import AddedToken, Settings
 from fastlm.tokenizer.byte_level import from_chars
 from fastlm.tokenizer.huggingface_reader import MAX_ID, MAX_TOKEN_BYTES, merges_unless_implied
@@ -26,13 +24,6 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-MAGIC = b"GGUF"
-MAX_NESTING = 2  # arrays of arrays; files in use have none
-
-# Number of the value type in the file -> how struct reads one. 8 is a string and 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
@@ -96,126 +87,28 @@ def load_gguf(path: str | Path, *, pattern: Pattern | None = None) -> Tokenizer:
     Raises:
         TokenizerError: the file is missing, cut short, corrupt, or of a kind that fastlm does not read (named).
     """
-    path = Path(path)
-    return _Vocabulary(path, read_metadata(path, "tokenizer.")).tokenizer(pattern)
-
-
-def read_metadata(path: str | Path, prefix: str = "") -> dict[str, Any]:
-    """Metadata of a GGUF file whose keys begin with `prefix`.
-
-    Raises:
-        TokenizerError: the file is missing, cut short, or no GGUF.
-    """
-    path = Path(path)
     try:
-        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Metadata(path, data).read(prefix)
-    except TokenizerError:
-        raise
-    except (OSError, ValueError) as error:  # mmap refuses an empty file
-        reason = "is empty" if isinstance(error, ValueError) else error.strerror
-        raise TokenizerError(f"{path}: {reason}; give the path of a GGUF file") from None
-
-
-class _Metadata:
-    """A walk over the key-value pairs. `at` never passes the end of the file."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.at = 0
-        self.order = "<"
-
-    def read(self, prefix: str) -> dict[str, Any]:
-        if self.take(4) != MAGIC:
-            self.fail("is no GGUF file")
-        (version,) = struct.unpack("<I", self.take(4))
-        if version & 0xFFFF == 0:
-            self.fail("is a big-endian GGUF; convert it")
-        if version not in (2, 3):
-            self.fail(f"has GGUF version {version}; versions 2 and 3 are read")
-        self.number("Q")  # of tensors
-        count = self.number("Q")
-        found: dict[str, Any] = {}
-        for _ in range(self.checked(count, 13)):  # an empty key and a one-byte value
-            key = self.string().decode("utf-8", "replace")
-            kind = self.number("I")
-            if key.startswith(prefix):
-                if key in found:
-                    self.fail(f"has the key {key!r:.60} twice")
-                found[key] = self.value(kind, 0)
-            else:
-                self.skip(kind, 0)
-        return found
-
-    def fail(self, message: str) -> NoReturn:
-        raise TokenizerError(f"{self.path}: {message}")
-
-    def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            self.fail(f"is cut short: {size} bytes are needed at offset {self.at}, and {len(self.data) - self.at} left")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def checked(self, count: int, least_bytes: int) -> int:
-        """`count`, if so many items of at least that size can be left."""
-        if count * least_bytes > len(self.data) - self.at:
-            left = len(self.data) - self.at
-            self.fail(f"is cut short or corrupt: {count} items at offset {self.at}, and {left} bytes left")
-        return count
-
-    def string(self) -> bytes:
-        return self.take(self.number("Q"))
-
-    def value(self, kind: int, depth: int) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind == _STRING:
-            return self.string()
-        inner, count = self.array(kind, depth)
-        if inner in _SCALARS:
-            code = _SCALARS[inner]
-            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
-        return [self.value(inner, depth + 1) for _ in range(count)]
-
-    def skip(self, kind: int, depth: int) -> None:
-        if kind in _SCALARS:
-            self.take(struct.calcsize("<" + _SCALARS[kind]))
-        elif kind == _STRING:
-            self.string()
-        else:
-            inner, count = self.array(kind, depth)
-            if inner in _SCALARS:
-                self.take(count * struct.calcsize("<" + _SCALARS[inner]))
-            else:
-                for _ in range(count):
-                    self.skip(inner, depth + 1)
-
-    def array(self, kind: int, depth: int) -> tuple[int, int]:
-        """(type of the items, their number)."""
-        if kind != _ARRAY or depth >= MAX_NESTING:
-            self.fail(f"has a value of type {kind} at offset {self.at}, which is none that can be there")
-        inner, count = self.number("I"), self.number("Q")
-        least = struct.calcsize("<" + _SCALARS[inner]) if inner in _SCALARS else 8 if inner == _STRING else 12
-        return inner, self.checked(count, least)
+        file = GgufFile(path, metadata_only=True)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
+    return _Vocabulary(file).tokenizer(pattern)
 
 
 class _Vocabulary:
     """The `tokenizer.` metadata of one file on its way to a Tokenizer."""
 
-    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
-        self.path = path
-        self.metadata = metadata
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        self.path = file.path
 
     def fail(self, message: str) -> NoReturn:
         raise TokenizerError(f"{self.path}: {message}")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value under `tokenizer.ggml.`; strings come as bytes."""
-        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        """A value under `tokenizer.ggml.`; strings of a list come as bytes."""
+        value = self.file.metadata.get(f"tokenizer.ggml.{key}", default)
+        if isinstance(value, GgufArray):
+            value = self.file.array(f"tokenizer.ggml.{key}")
         if value is not default and type(value) is not kind:
             self.fail(f"tokenizer.ggml.{key} is a {type(value).__name__}, where a {kind.__name__} belongs")
         return value
@@ -230,7 +123,7 @@ class _Vocabulary:
             self.fail(f"tokenizer.ggml.{key} holds something that is no UTF-8 string")
 
     def name(self, key: str) -> str:
-        return self.get(key, bytes, b"").decode("utf-8", "replace")
+        return self.get(key, str, "")
 
     def tokenizer(self, pattern: Pattern | None) -> Tokenizer:
         model = self.name("model")
@@ -321,7 +214,7 @@ class _Vocabulary:
         control = self.of_types(_CONTROL, _USER_DEFINED)
         pieces |= {token.replace(" ", META): i for token, i in control.items() if token not in pieces}
         merges = scores = None
-        if "tokenizer.ggml.merges" in self.metadata:
+        if "tokenizer.ggml.merges" in self.file.metadata:
             merges = [_halves(entry) for entry in self.strings("merges")]
             lacking = next((pair for pair in merges if not {*pair, "".join(pair)} <= pieces.keys()), None)
             if lacking is not None:
@@ -374,7 +267,7 @@ class _Vocabulary:
         for role in ("bos", "eos"):
             if any(i >= len(self.tokens) for i in ends(role)):
                 self.fail(f"tokenizer.ggml.{role}_token_id is outside the vocabulary")
-        template = self.metadata.get("tokenizer.chat_template")
+        template = self.file.metadata.get("tokenizer.chat_template")
         return Settings(
             added_tokens=tuple(AddedToken(content, i, special=False) for content, i in added.items()),
             normalizer=normalizer,
@@ -385,7 +278,7 @@ class _Vocabulary:
             eos_token=token("eos"),
             pad_token=token("padding"),
             unk_token=token("unknown"),
-            chat_template=template.decode("utf-8", "replace") if isinstance(template, bytes) else None,
+            chat_template=template if isinstance(template, str) else None,
         )
 
 

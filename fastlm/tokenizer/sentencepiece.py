@@ -92,8 +92,10 @@ class SentencePieceTokenizer(Tokenizer):
         self._is_direct = False
         self._unencodable = None
         self._byte_ids = [self.pieces.get(token) for token in BYTE_TOKENS]
-        self._piece_of = {i: piece for piece, i in self.pieces.items()}
-        self._bytes_of = {i: piece.replace(META, " ").encode() for piece, i in self.pieces.items()}
+        self._piece_of: list[str | None] = [None] * self.vocab_size
+        for piece, i in self.pieces.items():
+            self._piece_of[i] = piece
+        self._bytes_of = _BytesOf(self._piece_of)
         self._bytes_of |= {t.id: self.settings.found_as(t).replace(META, " ").encode() for t in self.added_tokens}
         self._bytes_of |= {i: bytes([byte]) for byte, i in enumerate(self._byte_ids) if i is not None}
         self._finds_spaces = any(
@@ -135,10 +137,10 @@ class SentencePieceTokenizer(Tokenizer):
         out = []
         for position, value in enumerate(ids):
             i = operator.index(value)
-            token = self._bytes_of.get(i)
-            if token is None:
-                raise TokenizerError(f"id {i} at position {position} is not in the vocabulary")
-            out.append(token)
+            try:
+                out.append(self._bytes_of[i])
+            except KeyError:
+                raise TokenizerError(f"id {i} at position {position} is not in the vocabulary") from None
         data = b"".join(out)
         return data[1:] if self.spaces.strip and data.startswith(b" ") else data
 
@@ -152,13 +154,13 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             TokenizerError: the id is not in the vocabulary.
         """
-        token = self._bytes_of.get(operator.index(id))
-        if token is None:
-            raise TokenizerError(f"id {id} at position 0 is not in the vocabulary")
-        return token
+        try:
+            return self._bytes_of[operator.index(id)]
+        except KeyError:
+            raise TokenizerError(f"id {id} at position 0 is not in the vocabulary") from None
 
     def _build(self) -> Any:
-        pieces = list(self.pieces.items())
+        pieces: Iterable[tuple[str, int]] = self.pieces.items()
         merges = scores = None
         bytes_of_pieces = {i for i in self._byte_ids if i is not None}
         try:
@@ -175,7 +177,14 @@ class SentencePieceTokenizer(Tokenizer):
         unknown = None if self.unknown is None else self.pieces.get(self.unknown)
         try:
             return native().SentencePieceEncoder(
-                pieces, merges, scores, self._byte_ids, unknown, self.fuse_unknown, True, self.spaces.split
+                ((piece.encode(), i) for piece, i in pieces),
+                merges,
+                scores,
+                self._byte_ids,
+                unknown,
+                self.fuse_unknown,
+                True,
+                self.spaces.split,
             )
         except (ValueError, TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(f"{self.name}: this vocabulary cannot be used: {error}") from None
@@ -253,6 +262,21 @@ class SentencePieceTokenizer(Tokenizer):
             return self.encode_ordinary(data.decode())
         except UnicodeDecodeError:
             return [i for run in utf8_runs(data) for i in self._encode_run(run)]
+
+
+class _BytesOf(dict[int, bytes]):
+    """The bytes of each id, made when they are first asked for: a quarter of a million would take 20 MB."""
+
+    def __init__(self, piece_of: list[str | None]) -> None:
+        super().__init__()
+        self.piece_of = piece_of
+
+    def __missing__(self, i: int) -> bytes:
+        piece = self.piece_of[i] if 0 <= i < len(self.piece_of) else None
+        if piece is None:
+            raise KeyError(i)
+        found = self[i] = piece.replace(META, " ").encode()
+        return found
 
 
 def _rebuild(pieces: dict[str, int], arguments: dict[str, Any]) -> SentencePieceTokenizer:

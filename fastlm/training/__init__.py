@@ -1,6 +1,6 @@
 """Training from text files to a model directory, and fine-tuning from there."""
 
-from fastlm.training.config import PRESETS, TrainingConfig, rnn_config, transformer_config
+from fastlm.training.config import PRESETS, Preset, TrainingConfig, rnn_config, transformer_config
 from fastlm.training.data import MixedDataset, TokenDataset
 from fastlm.training.evaluate import Evaluation, evaluate
 from fastlm.training.finetune import (
@@ -23,6 +23,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneResult",
     "MixedDataset",
+    "Preset",
     "Progress",
     "TokenDataset",
     "TrainingConfig",

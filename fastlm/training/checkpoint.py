@@ -5,7 +5,8 @@
         optimizer.safetensors                               optimizer state and torch's random state
         state.json                                          step and counters; sizes and SHA-256 of the files above
 
-The last two are kept. <run>/checkpoints/best is the model with the best partial evaluation.
+The last two are kept. <run>/checkpoints/best is the model with the best partial evaluation; where more are to be kept,
+<run>/checkpoints/best-00000900 are those of the best ones, by their step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -44,6 +45,13 @@ class TrainingState:
     best_score: float | None = None  # the lowest `Score.value`
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    best: list[tuple[float, int]] = field(default_factory=list)  # (score, step) of the evaluations kept, best first
+
+    def is_among_best(self, score: float, count: int) -> bool:
+        """Notes the evaluation of this step; whether it is one of the `count` best so far. Of equals the first stay."""
+        ranked = sorted([*((s, step) for s, step in self.best if step != self.step), (score, self.step)])[:count]
+        self.best = ranked
+        return (score, self.step) in ranked
 
 
 def checkpoint_directories(run: Path) -> list[Path]:
@@ -88,13 +96,25 @@ def save_checkpoint(
         raise
     for old in checkpoint_directories(run)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+    # Only now: a run that goes on from the checkpoint before this one still finds the best models that it knew.
+    kept = {_best_name(step) for _, step in state.best}
+    for old in (run / "checkpoints").glob("best-*"):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return directory
 
 
-def save_best(run: Path, files: ModelFiles) -> None:
-    """Replaces <run>/checkpoints/best by the model as it is now. Raises CheckpointError when that fails."""
-    directory = run / "checkpoints" / "best"
-    temporary = directory.with_name(f".best.{os.getpid()}.tmp")
+def _best_name(step: int) -> str:
+    return f"best-{step:08d}"
+
+
+def save_best(run: Path, files: ModelFiles, step: int | None = None) -> None:
+    """Replaces <run>/checkpoints/best by the model as it is now, or with `step` writes best-<step> beside it.
+
+    Raises CheckpointError when that fails.
+    """
+    directory = run / "checkpoints" / ("best" if step is None else _best_name(step))
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -154,9 +174,10 @@ def _read_state(directory: Path) -> tuple[TrainingState, dict[str, dict[str, obj
     content = read_json_object(directory / "state.json")
     try:
         known = {f.name for f in fields(TrainingState)}
-        if content["state"].keys() != known or type(content["state"]["step"]) is not int:
+        if not known - {"best"} <= content["state"].keys() <= known or type(content["state"]["step"]) is not int:
             raise ValueError("it does not hold a training state")
-        if not {"optimizer.safetensors", "tokenizer.json"} < content["files"].keys():
+        content["state"]["best"] = [(float(s), int(step)) for s, step in content["state"].get("best", [])]
+        if not {"optimizer.safetensors"} < content["files"].keys():
             raise ValueError("it does not list the checkpoint's files")
         return TrainingState(**content["state"]), {name: dict(file) for name, file in content["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +197,8 @@ def _check_files(directory: Path, files: dict[str, dict[str, object]]) -> None:
 
 def _write_model(directory: Path, run: Path, files: ModelFiles) -> None:
     files.write(directory)
-    _link(run / "tokenizer.json", directory / "tokenizer.json")
+    if (run / "tokenizer.json").exists():  # a model of symbols that are no text has none
+        _link(run / "tokenizer.json", directory / "tokenizer.json")
 
 
 def _link(source: Path, target: Path) -> None:

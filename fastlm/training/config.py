@@ -40,13 +40,14 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # what layers compute in; weights are always float32
     seed: int = 0
     evaluations: int = 10  # partial evaluations during the run, evenly spread
+    keep_best: int = 1  # of those, how many of the best keep their weights
     checkpoint_seconds: float = 20.0
     max_skipped_steps: int = 10  # non-finite steps in a row before training stops
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
             raise ConfigError("give either steps or minutes")
-        for name in ("steps", "batch_size", "accumulation", "max_skipped_steps"):
+        for name in ("steps", "batch_size", "accumulation", "keep_best", "max_skipped_steps"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
@@ -102,6 +103,20 @@ def fast_dtype() -> Literal["float32", "bfloat16"]:
     """What layers compute in fastest on this machine's CPU: bfloat16 where it has instructions for it."""
     has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bfloat16" if has_bfloat16() else "float32"
+
+
+def embedding_learning_rate(hidden_size: int) -> float:
+    """AdamW's rate for a transformer's embeddings and output layer: what suits "tiny", in proportion to 1 / width.
+
+    A step moves each weight of the output layer by about the rate, and so a logit by the rate times the width. See
+    Yang et al., "Tensor Programs V", 2022 (arXiv 2203.03466), table 3.
+    """
+    return TrainingConfig.embedding_learning_rate * PRESETS["tiny"].hidden_size / hidden_size
+
+
+def adamw_learning_rate(hidden_size: int) -> float:
+    """AdamW's rate for the matrices of the blocks, where it takes Muon's place. It too falls as the width grows."""
+    return 0.002 * PRESETS["tiny"].hidden_size / hidden_size
 
 
 def transformer_config(

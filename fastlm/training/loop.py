@@ -53,6 +53,7 @@ class Progress:
     seconds_left: float | None
     valid: Mapping[str, Any]  # metrics of the last evaluation; empty before the first
     skipped_steps: int
+    sample: str | None = None  # what the model wrote after the last evaluation
 
 
 @losing_a_process_is_an_error()
@@ -118,6 +119,7 @@ def run_loop(
         max_final_size=objective.max_final_size,
     )
     valid: Mapping[str, Any] = {}
+    sample: str | None = None
     loss_value = math.nan
 
     def progress(stage: Stage) -> Progress:
@@ -131,25 +133,31 @@ def run_loop(
             seconds_left=clock.seconds_left(),
             valid=valid,
             skipped_steps=state.skipped_steps,
+            sample=sample,
         )
 
     def write(**values: Any) -> None:
         if log is not None:
             log.write(step=state.step, **values)
 
-    def save(best: bool = False) -> None:
-        with averaged() if best else nullcontext():
-            spread.gather()
-            optimizer_state = {} if best else optimizer.state_tensors()
-            if average is not None and not best:
-                optimizer_state |= average.state_tensors()
-            if not world.is_main:
-                return
+    def save() -> None:
+        spread.gather()
+        optimizer_state = optimizer.state_tensors()
+        if average is not None:
+            optimizer_state |= average.state_tensors()
+        if world.is_main:
             objective.files.model = spread.whole
-            if best:
-                save_best(out, objective.files)
-            else:
-                save_checkpoint(out, objective.files, optimizer_state, state)
+            save_checkpoint(out, objective.files, optimizer_state, state)
+
+    def save_what_was_scored(is_best: bool, is_kept: bool) -> None:
+        with averaged():
+            spread.gather()
+            if world.is_main:
+                objective.files.model = spread.whole
+                if is_best:
+                    save_best(out, objective.files)
+                if is_kept:
+                    save_best(out, objective.files, state.step)
 
     def averaged() -> AbstractContextManager[None]:
         return nullcontext() if average is None else average.in_place()
@@ -168,14 +176,19 @@ def run_loop(
             objective.files.write(out)
 
     def evaluate(size: int, stop: Callable[[], bool] | None = None, during_training: bool = True) -> Score | None:
-        nonlocal valid
+        nonlocal valid, sample
         model.eval()
-        with autocast, averaged() if during_training else nullcontext():
-            score = objective.evaluate(size, stop)
+        with averaged() if during_training else nullcontext():
+            with autocast:
+                score = objective.evaluate(size, stop)
+            if world.is_main and score is not None:
+                sample = objective.sample()
         model.train()
         if score is not None:
             valid = score.metrics
             write(**{f"valid_{k}": v for k, v in score.metrics.items()}, partial=score.partial)
+            if sample is not None:
+                write(sample=sample)
         return score
 
     try:
@@ -238,10 +251,14 @@ def run_loop(
                 score = evaluate(objective.partial_size)
                 assert score is not None
                 clock.evaluated(time.monotonic() - begun)
-                if state.best_score is None or score.value < state.best_score:
+                is_best = state.best_score is None or score.value < state.best_score
+                is_kept = config.keep_best > 1 and math.isfinite(score.value)
+                is_kept = is_kept and state.is_among_best(score.value, config.keep_best)
+                if is_best or is_kept:
+                    save_what_was_scored(is_best, is_kept)
+                if is_best:
                     state.best_score = score.value
                     state.evaluations_since_best = 0
-                    save(best=True)
                 else:
                     state.evaluations_since_best += 1
                     if config.patience is not None and state.evaluations_since_best >= config.patience:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastlm.benchmarks import harness
+from fastlm.benchmarks import bench_training, harness
 from fastlm.benchmarks.harness import Bound, Case, Ceilings, Failure, Result
 
 from fastlm.errors import ConfigError
@@ -43,6 +43,26 @@ def test_ratio_is_the_peers_time_over_ours() -> None:
 def test_bound_is_the_slower_of_memory_and_arithmetic_at_the_given_dtype() -> None:
     assert CEILINGS.seconds(Bound(bytes=1e9, flops=2e9)) == pytest.approx(2)
     assert CEILINGS.seconds(Bound(bytes=1e9, flops=2e9, dtype=torch.bfloat16)) == pytest.approx(1)
+
+
+def test_memory_is_our_peak_beside_the_peers_where_it_is_measured() -> None:
+    peaks = {"ours": 30.0, "peer": 120.0, "unknown": None}
+    peers = {"peer": sleeper(0), "unknown": sleeper(0)}
+    results = harness.run_case("b", Case("c", sleeper(0), peers, equal, peak=peaks.get), "cpu", CEILINGS, 0.01)
+    assert [result.memory_ratio for result in results] == [0.25, None]
+    (without,) = harness.run_case("b", Case("c", sleeper(0), {"peer": sleeper(0)}, equal), "cpu", CEILINGS, 0.01)
+    assert without.memory_ratio is None
+
+
+def test_the_peak_of_training_holds_what_the_step_and_its_optimizer_must() -> None:
+    size = bench_training.Size("small", 64, 1, 4096, 64, 64)
+    ours, plain = (bench_training.peak_of_training(size, "float32", "cpu", side) for side in ("ours", "torch"))
+    assert ours is not None
+    assert plain is not None
+    parameters = sum(p.numel() for p in bench_training.new_model(size, "cpu").parameters())
+    logits = 64 * 64 * 4096
+    assert 4 * 2 * parameters < ours < 4 * logits  # Adam's two averages; never all logits
+    assert plain > 4 * logits
 
 
 def test_different_outputs_fail_without_a_timing_and_the_rest_runs(monkeypatch: pytest.MonkeyPatch) -> None:

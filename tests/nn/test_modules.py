@@ -5,7 +5,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from fastlm.nn import Attention, KVCache, LinearCrossEntropyLoss, RMSNorm, SwiGLU
+from fastlm.nn import (
+    Attention,
+    KVCache,
+    LinearCrossEntropyLoss,
+    LoRALinear,
+    RMSNorm,
+    SwiGLU,
+    can_recompute,
+    norm_and_project,
+)
 from fastlm.ops import rotary_tables
 
 
@@ -15,6 +24,56 @@ def test_swiglu_takes_a_llama_mlps_state_dict_and_gives_its_output() -> None:
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 5, 24)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_in_training_keeps_no_product_and_has_the_gradients_of_plain_torch() -> None:
+    layer, x = SwiGLU(24, 40), torch.randn(3, 5, 24, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = layer(x)
+    assert sum(shape[-1] == 40 and shape[0] != 24 for shape in kept) == 2  # gate and up
+    weights = (layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight)
+    plain = (torch.nn.functional.silu(x @ weights[0].T) * (x @ weights[1].T)) @ weights[2].T
+    grad = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(y, (x, *weights), grad) for y in (out, plain))
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(ours, theirs)
+    layer.down_proj.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(layer(x), x, grad)[0], theirs[0])
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_projections_keep_no_normalised_input_and_have_its_gradients(has_residual: bool, dtype) -> None:
+    norm, layers = RMSNorm(24, weight_offset=1.0), [torch.nn.Linear(24, n, bias=False) for n in (40, 8)]
+    torch.nn.init.normal_(norm.weight)
+    leaves = [torch.randn(3, 5, 24, requires_grad=True) for _ in range(1 + has_residual)]
+    weights = [norm.weight, *(layer.weight for layer in layers)]
+    kept: list[tuple[int, ...]] = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x, residual = leaves[0].to(dtype), leaves[1].to(dtype) if has_residual else None
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            outs, stream = norm_and_project(norm, x, residual, *layers)
+        y, h = (norm(x), x) if residual is None else norm(x, residual)
+        plain = [layer(y) for layer in layers]
+    assert kept.count((3, 5, 24)) == 1
+    grads = [torch.randn_like(out) for out in (*outs, stream)]
+    ours = torch.autograd.grad((*outs, stream), (*leaves, *weights), grads, retain_graph=True)
+    theirs = torch.autograd.grad((*plain, h), (*leaves, *weights), grads, retain_graph=True)
+    alone = torch.autograd.grad(outs[1], leaves[0], grads[1])  # the others have no gradient
+    expected = torch.autograd.grad(plain[1], leaves[0], grads[1])
+    for a, b in zip((*outs, stream, *ours, *alone), (*plain, h, *theirs, *expected), strict=True):
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+def test_what_is_not_plain_or_not_trained_is_not_made_again() -> None:
+    norm, layer = RMSNorm(24), torch.nn.Linear(24, 8, bias=False)
+    assert can_recompute(norm, layer)
+    assert not can_recompute(None, layer)
+    assert not can_recompute(norm, torch.nn.Linear(24, 8))
+    assert not can_recompute(norm, LoRALinear(layer, 2, 1.0))
+    with torch.no_grad():
+        assert not can_recompute(norm, layer)
 
 
 def test_rms_norm_takes_a_llama_norms_state_dict_and_adds_the_residual_first() -> None:

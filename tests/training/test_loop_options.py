@@ -11,7 +11,9 @@ from fastlm.errors import ConfigError
 from fastlm.model import RNNConfig, load_model
 from fastlm.training import TokenDataset, TrainingConfig, evaluate, train
 from fastlm.training.log import read_log
+from fastlm.training.samples import sample_text
 from fastlm.training.schedule import learning_rate_scale
+from fastlm.training.trainer import PARTIAL_WINDOWS
 from tests.training.test_resume import after, losses
 
 CONFIG = TrainingConfig(steps=14, batch_size=4, warmup_steps=2, checkpoint_seconds=1000)
@@ -78,6 +80,63 @@ def test_a_run_that_gets_no_better_ends_early_with_its_best_weights(dataset, tin
     for a, b in zip(best.parameters(), last.parameters(), strict=True):
         assert torch.equal(a, b)
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == len(losses(tmp_path))
+
+
+def kept_best(run: Path) -> dict[int, Path]:
+    return {int(d.name.removeprefix("best-")): d for d in sorted((run / "checkpoints").glob("best-*"))}
+
+
+@pytest.mark.parametrize("ema", [None, 0.8])
+def test_the_best_evaluations_keep_their_weights(dataset: TokenDataset, tiny, tmp_path: Path, ema) -> None:
+    config = replace(CONFIG, steps=30, evaluations=10, keep_best=3, learning_rate=0.5, ema=ema)  # so that it wavers
+    train(tiny, config, dataset, tmp_path)
+    partial = [line for line in read_log(tmp_path / "log.jsonl") if "valid_loss" in line][:-1]
+    assert len(partial) == 9
+    best = sorted(partial, key=lambda line: (line["valid_bits_per_byte"], line["step"]))[:3]
+    assert kept_best(tmp_path).keys() == {line["step"] for line in best}
+    for line in best:
+        model = load_model(kept_best(tmp_path)[line["step"]])
+        again = evaluate(model, dataset.valid, dataset.eos_token_id, max_windows=PARTIAL_WINDOWS)
+        assert again is not None
+        assert again.bits_per_byte == pytest.approx(line["valid_bits_per_byte"], rel=1e-6)
+    first = kept_best(tmp_path)[best[0]["step"]] / "model.safetensors"
+    assert (tmp_path / "checkpoints" / "best" / "model.safetensors").read_bytes() == first.read_bytes()
+
+
+def test_a_stopped_run_keeps_the_same_best_evaluations(dataset: TokenDataset, tiny, tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=30, evaluations=10, keep_best=2, learning_rate=0.5)
+    train(tiny, config, dataset, tmp_path / "whole")
+    for steps in (7, 5, 9):
+        assert train(tiny, config, dataset, tmp_path / "stopped", should_stop=after(steps)).interrupted
+    train(tiny, config, dataset, tmp_path / "stopped")
+    whole, stopped = (kept_best(tmp_path / name) for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    for step, directory in whole.items():
+        assert (directory / "model.safetensors").read_bytes() == (stopped[step] / "model.safetensors").read_bytes()
+
+
+def test_what_the_model_writes_is_logged_and_changes_no_step(dataset: TokenDataset, tiny, tmp_path: Path) -> None:
+    config = replace(CONFIG, evaluations=4, ema=0.5)
+    seen: list[str | None] = []
+    train(
+        tiny, config, dataset, tmp_path / "told", sample_prompt="이 영화",
+        on_progress=lambda now: seen.append(now.sample) if now.stage == "evaluating" else None,
+    )  # fmt: skip
+    train(tiny, config, dataset, tmp_path / "silent")
+    assert losses(tmp_path / "told") == losses(tmp_path / "silent")
+    written = [line["sample"] for line in read_log(tmp_path / "told" / "log.jsonl") if "sample" in line]
+    assert len(written) == 4  # three while training, and the last
+    assert written[:3] == seen
+    last = sample_text(load_model(tmp_path / "told"), dataset.tokenizer, "이 영화")
+    assert written[-1] == last
+    assert not any("sample" in line for line in read_log(tmp_path / "silent" / "log.jsonl"))
+
+
+def test_one_best_evaluation_needs_no_directory_of_its_own(dataset: TokenDataset, tiny, tmp_path: Path) -> None:
+    train(tiny, CONFIG, dataset, tmp_path)
+    assert not kept_best(tmp_path)
+    with pytest.raises(ConfigError, match="keep_best must be a positive integer"):
+        replace(CONFIG, keep_best=0)
 
 
 def test_activations_computed_again_give_the_same_run_from_fewer_bytes_kept(dataset, tiny, tmp_path: Path) -> None:
