@@ -184,7 +184,9 @@ FEATURES: dict[str, list[Feature]] = {
             lambda: _sample(temperature=torch.tensor([0.5, 1.0]), top_k=torch.tensor([0, 5])),
         ),
         Feature("logit bias", "로짓 bias", partial(_sample, logit_bias=torch.zeros(2, 40))),
-        Feature("grammar mask", "문법 마스크", partial(_sample, mask=torch.zeros(2, 2, dtype=torch.int32))),
+        Feature(
+            "grammar mask", "문법 마스크", partial(_sample, mask=torch.tensor([[5, 1], [7, 0]], dtype=torch.int32))
+        ),
         Feature("log-probabilities", "로그 확률", partial(_sample, return_logprobs=True)),
         Feature("most probable tokens", "가장 유력한 토큰들", partial(_sample, num_logprobs=3)),
     ],
@@ -194,6 +196,7 @@ FEATURES: dict[str, list[Feature]] = {
         Feature("greedy (temperature 0)", "탐욕 선택 (온도 0)", partial(_linear_sample, temperature=0.0)),
         Feature("top-k, top-p, min-p", "top-k, top-p, min-p", partial(_linear_sample, top_k=9, top_p=0.8, min_p=0.1)),
         Feature("penalties", "벌점", partial(_linear_sample, penalty=True, repetition_penalty=1.2)),
+        Feature("logit bias", "로짓 bias", partial(_linear_sample, logit_bias=torch.zeros(40))),
         Feature("softcap", "softcap", partial(_linear_sample, softcap=3.0)),
         Feature("log-probabilities", "로그 확률", partial(_linear_sample, return_logprobs=True)),
         Feature("most probable tokens", "가장 유력한 토큰들", partial(_linear_sample, num_logprobs=3)),

@@ -80,6 +80,16 @@ def test_filters_and_penalties_are_those_of_sample(backend, device, order):
     assert_agrees(hidden, weight, **settings, prompt_ids=ids, output_ids=ids[:, :7], softcap=5.0)
 
 
+def test_bias_and_mask_are_those_of_sample(backend, device):
+    hidden, weight = inputs(9, 40, 100, torch.bfloat16, device)
+    mask = torch.randint(-(2**31), 2**31 - 1, (9, 4), device=device).to(torch.int32)
+    settings = {"temperature": 0.9, "seed": 3, "position": torch.arange(9, device=device)}
+    for bias in (torch.randn(100, device=device), torch.randn(9, 100, device=device)):
+        ours = fused_linear_sample(hidden, weight, logit_bias=bias, mask=mask, **settings)
+        exact = of_whole_logits(hidden, weight, logit_bias=bias, mask=mask, **settings)
+        assert (ours.ids == exact.ids).sum() >= 8
+
+
 def test_the_most_probable_tokens_are_those_of_sample(backend, device):
     hidden, weight = inputs(5, 24, 90, torch.float32, device)
     ours = fused_linear_sample(hidden, weight, seed=1, position=2, num_logprobs=4)

@@ -282,6 +282,58 @@ def test_presence_and_frequency_penalties_are_those_of_the_openai_api(backend, d
     torch.testing.assert_close(out.processed_logprobs, at_ids, rtol=1e-5, atol=1e-5)
 
 
+def packed_bits(allowed: Tensor) -> Tensor:
+    """(batch, vocab_size) of bool to words of 32 tokens, the lowest bit first."""
+    batch, vocab_size = allowed.shape
+    padded = torch.zeros(batch, (vocab_size + 31) // 32 * 32, dtype=torch.int64)
+    padded[:, :vocab_size] = allowed.cpu()
+    words = (padded.view(batch, -1, 32) << torch.arange(32)).sum(-1)
+    return words.to(torch.int32).to(allowed.device)  # the highest bit is the sign
+
+
+@pytest.mark.parametrize("vocab_size", [32, 75])
+def test_bias_and_mask_shape_what_is_drawn_and_not_the_raw_log_probabilities(backend, device, vocab_size):
+    batch = rows(backend, device, 6, 40)
+    logits = torch.randn(batch, vocab_size, device=device) * 2
+    bias = torch.randn(vocab_size, device=device) * 3
+    allowed = torch.rand(batch, vocab_size, device=device) < 0.4
+    allowed[:, vocab_size - 1] = True
+    settings = {"temperature": 0.7, "top_k": 5, **seeds(batch, device)}
+    for its_bias in (bias, bias.expand(batch, -1) + torch.randn(batch, 1, device=device)):
+        out = sample(
+            logits, logit_bias=its_bias, mask=packed_bits(allowed), return_logprobs=True, num_logprobs=3, **settings
+        )
+        x = (logits + its_bias).masked_fill(~allowed, -math.inf)
+        assert allowed.gather(1, out.ids[:, None]).all()
+        expected = warped(x, 0.7, 5, 1.0, 0.0).log_softmax(1).gather(1, out.ids[:, None])[:, 0]
+        torch.testing.assert_close(out.processed_logprobs, expected, rtol=1e-4, atol=1e-4)
+        plain = sample(logits, num_logprobs=3, **settings)
+        assert torch.equal(out.top_ids, plain.top_ids)
+        torch.testing.assert_close(out.top_logprobs, plain.top_logprobs)
+        raw = logits.log_softmax(1).gather(1, out.ids[:, None])[:, 0]
+        torch.testing.assert_close(out.logprobs, raw, rtol=1e-5, atol=1e-5)
+        again = sample(x, **settings)
+        assert torch.equal(out.ids, again.ids)
+
+
+def test_bias_comes_before_penalties_and_a_mask_of_nothing_is_invalid(backend, device):
+    logits = torch.randn(3, 40, device=device)
+    bias = torch.full((40,), 2.0, device=device)
+    ids = torch.arange(40, device=device).expand(3, -1)
+    settings = {"repetition_penalty": 2.0, "prompt_ids": ids, "temperature": 0.0, "return_logprobs": True}
+    out = sample(logits, logit_bias=bias, **settings, **seeds(3, device))
+    x = logits + 2
+    assert torch.equal(out.ids, torch.where(x > 0, x / 2, x * 2).argmax(1))
+    none = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    none[1, 1] = 1 << 3
+    out = sample(logits, mask=none, return_logprobs=True, num_logprobs=2, **seeds(3, device))
+    assert out.valid.tolist() == [False, True, False]
+    assert out.ids.tolist() == [0, 35, 0]
+    assert out.logprobs.isnan().tolist() == out.top_logprobs[:, 0].isnan().tolist() == [True, False, True]
+    beyond = torch.tensor([[-1, 0b11111111], [0, 1 << 8], [-1, -1]], dtype=torch.int32, device=device)
+    assert sample(logits, mask=beyond, **seeds(3, device)).valid.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_most_probable_tokens_come_in_order_and_ties_by_id(backend, device, dtype):
     logits = torch.randn(5, 77, device=device).to(dtype)
@@ -401,6 +453,10 @@ def test_traces_into_one_graph(backend, device):
         ({"min_p": 1.01}, "min_p must be a finite number from 0.0 to 1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0.0"),
         ({"presence_penalty": math.inf}, "presence_penalty must be a finite number"),
+        ({"logit_bias": torch.zeros(3)}, "logit_bias must be fp32"),
+        ({"logit_bias": torch.zeros(4).double()}, "logit_bias must be fp32"),
+        ({"mask": torch.zeros(3, 2, dtype=torch.int32)}, "int32, a bit a token"),
+        ({"mask": torch.zeros(3, 1)}, "int32, a bit a token"),
         ({"prompt_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"prompt_ids must be \(3, n\) int64"),
         ({"output_ids": torch.zeros(3, 1)}, r"output_ids must be \(3, n\) int64"),
         ({"num_logprobs": 5}, r"num_logprobs must be between 0 and vocab_size \(4\)"),

@@ -120,6 +120,11 @@ def test_penalized_logits_have_the_bits_of_the_definition(device, dtype):
     for ids in ((prompt, output), (None, output), (prompt, None), (prompt[:, :0], output[:, :1])):
         ours = penalized(logits, repetition, presence, frequency, *ids)
         assert torch.equal(ours, reference.penalized(logits.float(), repetition, presence, frequency, *ids))
+    bias, mask = torch.randn(3, 1500, device=device), torch.randint(-(2**31), 2**31 - 1, (3, 47), device=device)
+    mask = mask.to(torch.int32)
+    ours = penalized(logits, repetition, presence, frequency, prompt, output, bias[:1].expand(3, -1), mask)
+    adjusted = reference.adjusted(logits.float(), bias[:1], mask)
+    assert torch.equal(ours, reference.penalized(adjusted, repetition, presence, frequency, prompt, output))
     ours = penalized(logits, None, presence, None, prompt, output)
     assert torch.equal(ours, reference.penalized(logits.float(), None, presence, None, prompt, output))
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
-from fastlm.ops.sampling import Order, Sample, Setting, check_options, row_setting, to_sample, token_ids
+from fastlm.ops.sampling import (
+    Order,
+    Sample,
+    Setting,
+    bias_rows,
+    check_options,
+    checked_mask,
+    row_setting,
+    to_sample,
+    token_ids,
+)
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -33,6 +41,8 @@ def fused_linear_sample(
     softcap: float | None = None,
     return_logprobs: bool = False,
     num_logprobs: int = 0,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Sample:
     """sample(softcap · tanh(hidden @ weight.T / softcap), …): the same distribution and, but for the rounding of
     logits, the same tokens, as `sample` gives for the same seed and position.
@@ -79,6 +89,8 @@ def fused_linear_sample(
         softcap,
         return_logprobs,
         num_logprobs,
+        bias_rows(logit_bias, hidden.shape[0], weight.shape[0], hidden.device),
+        checked_mask(mask, hidden.shape[0], weight.shape[0], hidden.device),
     )
     return to_sample(outputs, return_logprobs, num_logprobs)
 
@@ -91,22 +103,28 @@ def _run(
     min_p: Tensor | None, repetition_penalty: Tensor | None, presence_penalty: Tensor | None,
     frequency_penalty: Tensor | None, prompt_ids: Tensor | None, output_ids: Tensor | None, seed: Tensor,
     position: Tensor, min_p_first: bool, softcap: float | None, return_logprobs: bool, num_logprobs: int,
+    logit_bias: Tensor | None = None, mask: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
     backend = OP.select(
         hidden, weight, seed=seed, position=position, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         prompt_ids=prompt_ids, output_ids=output_ids, order="vllm" if min_p_first else "hf", softcap=softcap,
-        return_logprobs=return_logprobs, num_logprobs=num_logprobs,
+        return_logprobs=return_logprobs, num_logprobs=num_logprobs, logit_bias=logit_bias, mask=mask,
     )  # fmt: skip
     settings = (
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, prompt_ids,
-        output_ids, seed, position,
+        output_ids, logit_bias, mask, seed, position,
     )  # fmt: skip
     return backend.fused_linear_sample(hidden, weight, settings, min_p_first, softcap, return_logprobs, num_logprobs)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *settings: Any) -> Outputs:
-    return_logprobs, num_logprobs = settings[-2:]
+def _fake(
+    hidden: Tensor, weight: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, repetition_penalty: Tensor | None, presence_penalty: Tensor | None,
+    frequency_penalty: Tensor | None, prompt_ids: Tensor | None, output_ids: Tensor | None, seed: Tensor,
+    position: Tensor, min_p_first: bool, softcap: float | None, return_logprobs: bool, num_logprobs: int,
+    logit_bias: Tensor | None = None, mask: Tensor | None = None,
+) -> Outputs:  # fmt: skip
     batch = hidden.shape[0]
     logprobs = hidden.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
     top = (batch, num_logprobs) if num_logprobs else (0,)
@@ -124,7 +142,8 @@ _fused_linear_sample = define_op(
     "fused_linear_sample(Tensor hidden, Tensor weight, Tensor temperature, Tensor? top_k, Tensor? top_p, "
     "Tensor? min_p, Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, "
     "Tensor? prompt_ids, Tensor? output_ids, Tensor seed, Tensor position, bool min_p_first, float? softcap, "
-    "bool return_logprobs, int num_logprobs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool return_logprobs, int num_logprobs, Tensor? logit_bias=None, Tensor? mask=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -22,7 +22,8 @@ def fused_linear_sample(
     return_logprobs: bool,
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`settings`: temperature, top_k, top_p, min_p, the three penalties, prompt_ids, output_ids, seed, position."""
+    """`settings`: temperature, top_k, top_p, min_p, three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
+    position."""
     batch, vocab_size = hidden.shape[0], weight.shape[0]
     chunk = max(LOGIT_BYTES // (4 * vocab_size), 1)
     logits = torch.empty((min(chunk, batch), vocab_size), dtype=torch.float32, device=hidden.device)
@@ -34,9 +35,9 @@ def fused_linear_sample(
         _matmul(chunk_hidden, weight, chunk_logits)
         if softcap is not None:
             chunk_logits.div_(softcap).tanh_().mul_(softcap)
-        chunk_settings = [None if s is None else s[rows] for s in settings]
-        options = (min_p_first, return_logprobs, num_logprobs)
-        parts.append(torch.ops.fastlm.sampling.default(chunk_logits, *chunk_settings, *options))
+        *before, logit_bias, mask, seed, position = [None if s is None else s[rows] for s in settings]
+        options = (min_p_first, return_logprobs, num_logprobs, logit_bias, mask)
+        parts.append(torch.ops.fastlm.sampling.default(chunk_logits, *before, seed, position, *options))
     ids, valid, logprobs, processed, top_ids, top_logprobs = (
         tensors[0] if len(parts) == 1 else torch.cat(tensors) for tensors in zip(*parts, strict=True)
     )

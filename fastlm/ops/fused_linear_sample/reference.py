@@ -23,9 +23,21 @@ def fused_linear_sample(
     return_logprobs: bool,
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`settings`: temperature, top_k, top_p, min_p, the three penalties, prompt_ids, output_ids, seed, position."""
+    """`settings`: temperature, top_k, top_p, min_p, three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
+    position."""
     logits = hidden.float() @ weight.float().t()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    arguments: list[Any] = [logits, *settings, min_p_first, return_logprobs, num_logprobs]
+    *before, logit_bias, mask, seed, position = settings
+    arguments: list[Any] = [
+        logits,
+        *before,
+        seed,
+        position,
+        min_p_first,
+        return_logprobs,
+        num_logprobs,
+        logit_bias,
+        mask,
+    ]
     return sampling.sample(*arguments)

@@ -217,10 +217,10 @@ def fused_linear_sample(
     return_logprobs: bool,
     num_logprobs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`settings`: temperature, top_k, top_p, min_p, the three penalties, prompt_ids, output_ids, seed, position."""
-    temperature, *filters_and_penalties = settings[:7]
-    seed, position = settings[-2:]
-    if num_logprobs or any(s is not None for s in filters_and_penalties):
+    """`settings`: temperature, top_k, top_p, min_p, three penalties, prompt_ids, output_ids, logit_bias, mask, seed,
+    position."""
+    temperature, *others, _, _, logit_bias, mask, seed, position = settings
+    if num_logprobs or any(s is not None for s in (*others, logit_bias, mask)):
         return chunked.fused_linear_sample(
             hidden, weight, settings, min_p_first, softcap, return_logprobs, num_logprobs
         )  # fmt: skip

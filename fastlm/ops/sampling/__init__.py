@@ -55,11 +55,14 @@ def sample(
     order: Order = "hf",
     return_logprobs: bool = False,
     num_logprobs: int = 0,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Sample:
     """Draws one token of each row. A row's draw depends on its logits, settings, seed and position alone.
 
     Steps, on fp32 logits:
 
+    0. Bias and mask. `logit_bias` is added, and a token whose bit in `mask` is 0 becomes -inf.
     1. Penalties. A token of the prompt or the output has its logit divided (where positive) or multiplied (where
        negative) by `repetition_penalty` (Keskar et al., "CTRL", 2019, section 4.1). Then, for tokens of the output
        alone, `frequency_penalty` · (times it occurs) + `presence_penalty` is subtracted, as OpenAI's API defines them.
@@ -86,6 +89,9 @@ def sample(
             as -1, are padding. A penalty without them does nothing.
         return_logprobs: also return log-probabilities of the drawn tokens.
         num_logprobs: how many of the most probable tokens to return, at most vocab_size.
+        logit_bias: fp32, `(vocab_size,)` or `(batch, vocab_size)`.
+        mask: `(batch, ceil(vocab_size / 32))` int32, a bit a token, the lowest of a word first: 1 where it is allowed,
+            as grammar engines give it.
 
     Returns:
         `Sample`. No gradient.
@@ -111,6 +117,8 @@ def sample(
         order == "vllm",
         return_logprobs,
         num_logprobs,
+        bias_rows(logit_bias, logits.shape[0], logits.shape[1], logits.device),
+        checked_mask(mask, logits.shape[0], logits.shape[1], logits.device),
     )
     return to_sample(outputs, return_logprobs, num_logprobs)
 
@@ -175,6 +183,31 @@ def row_setting(
     return torch.full((batch,), value, dtype=dtype, device=logits.device)
 
 
+def bias_rows(bias: Tensor | None, batch: int, vocab_size: int, device: torch.device) -> Tensor | None:
+    """The bias as (batch, vocab_size), its last dimension contiguous."""
+    if bias is None:
+        return None
+    if bias.shape not in ((vocab_size,), (batch, vocab_size)) or bias.dtype != torch.float32 or bias.device != device:
+        raise ValueError(
+            f"logit_bias must be fp32 ({vocab_size},) or ({batch}, {vocab_size}) on {device}, "
+            f"not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )
+    bias = bias.detach()
+    return (bias if bias.stride(-1) == 1 else bias.contiguous()).expand(batch, vocab_size)
+
+
+def checked_mask(mask: Tensor | None, batch: int, vocab_size: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    words = (vocab_size + 31) // 32
+    if mask.shape != (batch, words) or mask.dtype != torch.int32 or mask.device != device:
+        raise ValueError(
+            f"mask must be ({batch}, {words}) int32, a bit a token, on {device}, "
+            f"not {tuple(mask.shape)} {mask.dtype} on {mask.device}"
+        )
+    return mask if mask.stride(-1) == 1 else mask.contiguous()
+
+
 def token_ids(name: str, ids: Tensor | None, logits: Tensor) -> Tensor | None:
     if ids is None:
         return None
@@ -207,6 +240,8 @@ def _run(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Outputs:
     """The tensors of `Sample`; those that were not asked for have no elements."""
     if logits.stride(1) != 1:
@@ -227,6 +262,8 @@ def _run(
         order="vllm" if min_p_first else "hf",
         return_logprobs=return_logprobs,
         num_logprobs=num_logprobs,
+        logit_bias=logit_bias,
+        mask=mask,
     )
     return backend.sample(
         logits,
@@ -244,6 +281,8 @@ def _run(
         min_p_first,
         return_logprobs,
         num_logprobs,
+        logit_bias,
+        mask,
     )
 
 
@@ -263,6 +302,8 @@ def _fake(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Outputs:
     batch = logits.shape[0]
     logprobs = logits.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
@@ -280,8 +321,8 @@ def _fake(
 _sample = define_op(
     "sampling(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, Tensor? prompt_ids, "
-    "Tensor? output_ids, Tensor seed, Tensor position, bool min_p_first, bool return_logprobs, int num_logprobs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? output_ids, Tensor seed, Tensor position, bool min_p_first, bool return_logprobs, int num_logprobs, "
+    "Tensor? logit_bias=None, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -1,5 +1,6 @@
 """On the CPU: `csrc/cpu/sampling.cpp` sorts nothing but a few candidates and copies nothing of the logits save blocks
-that penalties touch. What it reads, and how it filters, is told there.
+that penalties touch. What it reads, and how it filters, is told there. Bias and mask are applied before it by torch,
+to a copy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm._core import native, native_missing
+from fastlm.ops.sampling import reference
 
 DRAW = {torch.float32: "sample_float32", torch.bfloat16: "sample_bfloat16", torch.float16: "sample_float16"}
 
@@ -36,7 +38,18 @@ def sample(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logit_bias is not None or mask is not None:
+        raw = logits.float()
+        settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+        ids, valid, _, processed, _, _ = sample(
+            reference.adjusted(raw, logit_bias, mask), *settings, prompt_ids, output_ids, seed, position, min_p_first,
+            return_logprobs, 0,
+        )  # fmt: skip
+        logprobs, top_ids, top_logprobs = reference.raw_logprobs(raw, ids, valid, return_logprobs, num_logprobs)
+        return ids, valid, logprobs, processed, top_ids, top_logprobs
     batch, vocab_size = logits.shape
     ids = torch.empty(batch, dtype=torch.int64)
     valid = torch.empty(batch, dtype=torch.bool)
@@ -44,7 +57,7 @@ def sample(
     logprobs, processed = torch.empty(wanted, dtype=torch.float32), torch.empty(wanted, dtype=torch.float32)
     top = (batch, num_logprobs) if num_logprobs else (0,)
     top_ids, top_logprobs = torch.empty(top, dtype=torch.int64), torch.empty(top, dtype=torch.float32)
-    settings = [
+    pointers = [
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (
             temperature,
@@ -64,7 +77,7 @@ def sample(
         batch,
         vocab_size,
         logits.stride(0),
-        *[0 if t is None else t.data_ptr() for t in settings],
+        *[0 if t is None else t.data_ptr() for t in pointers],
         0 if prompt_ids is None else prompt_ids.shape[1],
         0 if output_ids is None else output_ids.shape[1],
         seed.data_ptr(),

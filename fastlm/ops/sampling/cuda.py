@@ -9,7 +9,9 @@ from fastlm._core import cuda
 
 
 def supports(logits: Tensor, *, num_logprobs: int, **settings: object) -> str | None:
-    lacking = [name for name, value in settings.items() if name.endswith("_penalty") and value is not None]
+    served = ("seed", "position", "temperature", "top_k", "top_p", "min_p", "order", "return_logprobs")
+    ids = ("prompt_ids", "output_ids")  # of penalties, without which they mean nothing
+    lacking = [name for name, value in settings.items() if name not in (*served, *ids) and value is not None]
     if num_logprobs:
         lacking.append("num_logprobs")
     if lacking:
@@ -45,6 +47,8 @@ def sample(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: None = None,
+    mask: None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
     ids = torch.empty(batch, dtype=torch.int64, device=logits.device)

@@ -28,9 +28,12 @@ def sample(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = logits.float()
-    x = penalized(raw, repetition_penalty, presence_penalty, frequency_penalty, prompt_ids, output_ids)
+    x = adjusted(raw, logit_bias, mask)
+    x = penalized(x, repetition_penalty, presence_penalty, frequency_penalty, prompt_ids, output_ids)
     max_logit = x.amax(1)
     valid = ~x.isnan().any(1) & max_logit.isfinite() & _in_range(temperature, 0.0)
     for setting, low in ((top_k, 0), (top_p, 0.0), (min_p, 0.0), (repetition_penalty, 1e-45)):
@@ -51,18 +54,41 @@ def sample(
     ids = torch.where(valid, ids, torch.zeros_like(ids))
 
     nan = torch.tensor(torch.nan, dtype=torch.float32, device=logits.device)
-    logprobs, processed = raw.new_empty(0), raw.new_empty(0)
-    top_ids, top_logprobs = ids.new_empty(0), raw.new_empty(0)
-    distribution = raw.double().log_softmax(1) if return_logprobs or num_logprobs else None
-    if return_logprobs and distribution is not None:
-        logprobs = torch.where(valid, _at(distribution, ids).float(), nan)
+    processed = raw.new_empty(0)
+    if return_logprobs:
         share = _at(weights, ids) / (weights * kept).sum(1)
         processed = torch.where(valid, torch.where(greedy, 0.0, share.log()).float(), nan)
-    if num_logprobs and distribution is not None:
+    logprobs, top_ids, top_logprobs = raw_logprobs(raw, ids, valid, return_logprobs, num_logprobs)
+    return ids, valid, logprobs, processed, top_ids, top_logprobs
+
+
+def raw_logprobs(
+    raw: Tensor, ids: Tensor, valid: Tensor, return_logprobs: bool, num_logprobs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, top_ids and top_logprobs of `Sample`, of fp32 logits as the model gave them."""
+    nan = torch.tensor(torch.nan, dtype=torch.float32, device=raw.device)
+    logprobs, top_ids, top_logprobs = raw.new_empty(0), ids.new_empty(0), raw.new_empty(0)
+    if not return_logprobs and not num_logprobs:
+        return logprobs, top_ids, top_logprobs
+    distribution = raw.double().log_softmax(1)
+    if return_logprobs:
+        logprobs = torch.where(valid, _at(distribution, ids).float(), nan)
+    if num_logprobs:
         order = raw.sort(dim=1, descending=True, stable=True).indices[:, :num_logprobs]
         top_ids = torch.where(valid[:, None], order, torch.zeros_like(order))
         top_logprobs = torch.where(valid[:, None], distribution.gather(1, order).float(), nan)
-    return ids, valid, logprobs, processed, top_ids, top_logprobs
+    return logprobs, top_ids, top_logprobs
+
+
+def adjusted(x: Tensor, logit_bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The logits `(batch, vocab_size)` with the bias added, and -inf where the mask's bit is 0."""
+    if logit_bias is not None:
+        x = x + logit_bias
+    if mask is not None:
+        tokens = torch.arange(x.shape[1], device=x.device)
+        allowed = (mask[:, tokens // 32] >> (tokens % 32)) & 1
+        x = torch.where(allowed == 1, x, -torch.inf)
+    return x
 
 
 def _in_range(setting: Tensor, low: float) -> Tensor:

@@ -273,6 +273,8 @@ def sample(
     min_p_first: bool,
     return_logprobs: bool,
     num_logprobs: int,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
     raw, tiles = _tiles(logits)
@@ -291,8 +293,9 @@ def sample(
     ]
     settings = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p)]
     x = raw
-    if any(s is not None for s in penalties) and not (prompt_ids is None and output_ids is None):
-        x = penalized(raw, penalties[0], penalties[1], penalties[2], prompt_ids, output_ids)
+    has_penalties = any(s is not None for s in penalties) and not (prompt_ids is None and output_ids is None)
+    if has_penalties or logit_bias is not None or mask is not None:
+        x = penalized(raw, penalties[0], penalties[1], penalties[2], prompt_ids, output_ids, logit_bias, mask)
     block = tiles["TILES"] * LANES * tiles["VECTOR"]
     _sample_kernel[(batch,)](
         x, None if x is raw else raw, *settings, *penalties, seed.contiguous(), position.contiguous(), ids, valid,

@@ -31,12 +31,18 @@ def _count_kernel(
 
 @triton.jit
 def _penalize_kernel(
-    logits_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr, row_stride, vocab_size, BLOCK: tl.constexpr
+    logits_ptr, counts_ptr, repetition_ptr, presence_ptr, frequency_ptr, bias_ptr, mask_ptr,
+    row_stride, bias_stride, mask_stride, vocab_size, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab_size
     x = tl.load(logits_ptr + row * row_stride + columns, inside).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + row * bias_stride + columns, inside, 0.0)
+    if mask_ptr is not None:
+        words = tl.load(mask_ptr + row * mask_stride + columns // 32, inside, 0)
+        x = tl.where((words >> (columns % 32)) & 1 == 1, x, float("-inf"))
     ptrs = counts_ptr + row * vocab_size + columns
     seen = tl.load(ptrs, inside, 0)
     count = seen & (IN_PROMPT - 1)
@@ -57,8 +63,10 @@ def penalized(
     frequency: Tensor | None,
     prompt_ids: Tensor | None,
     output_ids: Tensor | None,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The logits after the penalties, fp32 and contiguous."""
+    """The logits after bias, mask and penalties, fp32 and contiguous."""
     batch, vocab_size = logits.shape
     counts = torch.zeros((batch, vocab_size), dtype=torch.int32, device=logits.device)
     for ids, is_prompt in ((prompt_ids, True), (output_ids, False)):
@@ -68,7 +76,8 @@ def penalized(
             )
     # Without contraction to multiply-add, so that results have the bits of the definition.
     _penalize_kernel[(batch, triton.cdiv(vocab_size, BLOCK))](
-        logits, counts, repetition, presence, frequency, logits.stride(0), vocab_size,
+        logits, counts, repetition, presence, frequency, logit_bias, mask, logits.stride(0),
+        0 if logit_bias is None else logit_bias.stride(0), 0 if mask is None else mask.stride(0), vocab_size,
         BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return counts.view(torch.float32)
