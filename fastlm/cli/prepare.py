@@ -13,7 +13,10 @@ from fastlm.cli.output import JsonFlag, console, print_json, status_console
 def command(
     data: Annotated[
         list[Path],
-        typer.Argument(help="UTF-8 text, JSON lines, CSV, TSV or Parquet; also .gz and .zst.", show_default=False),
+        typer.Argument(
+            help="UTF-8 text, JSON lines, CSV, TSV or Parquet, also .gz and .zst; or ids of Hugging Face data sets.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
     tokenizer: Annotated[
@@ -26,9 +29,14 @@ def command(
         float, typer.Option("--valid-fraction", help="Share kept for validation: a text's end, or some of the rows.")
     ] = 0.1,
     column: Annotated[str, typer.Option("--column", help="Of rows, the one that holds the text.")] = "text",
+    subset: Annotated[str | None, typer.Option("--subset", help="Of a Hugging Face data set.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Of a Hugging Face data set.")] = "train",
     by_line: Annotated[bool, typer.Option("--by-line", help="Each line of a text file is a document.")] = False,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Leave out repeated documents.")] = False,
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, help="Processes, each a file at a time.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Encode on the Ray cluster of RAY_ADDRESS, or a new one of this machine.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Encode files once, for any number of training runs. What is interrupted goes on when asked again.
@@ -38,6 +46,8 @@ def command(
     Example: fastlm prepare reviews.txt --out reviews-8k --vocab-size 8000
 
     Example: fastlm prepare web-*.jsonl.zst --out web --workers 4 --deduplicate
+
+    Example: fastlm prepare HuggingFaceFW/fineweb-2 --subset kor_Hang --out fineweb
     """
     from fastlm.tokenizer import Tokenizer
     from fastlm.training import prepare
@@ -51,26 +61,29 @@ def command(
             vocab_size=vocab_size,
             valid_fraction=valid_fraction,
             column=column,
+            subset=subset,
+            split=split,
             by_line=by_line,
             deduplicate=deduplicate,
             workers=workers,
+            ray=ray,
             on_progress=lambda stage, done, total: status.update(
                 f"{stage}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
             ),
         )
     manifest = dataset.manifest
-    splits = {
+    counts = {
         name: {key: manifest.splits[name][key] for key in ("tokens", "bytes", "documents")}
         for name in ("train", "valid")
     }
     if as_json:
         print_json(
-            {"out": str(out), "vocab_size": dataset.tokenizer.vocab_size, **splits, "duplicates": manifest.duplicates}
+            {"out": str(out), "vocab_size": dataset.tokenizer.vocab_size, **counts, "duplicates": manifest.duplicates}
         )
         return
-    for name, split in splits.items():
+    for name, count in counts.items():
         console.print(
-            f"{name}: {split['tokens']:,} tokens, {split['bytes']:,} bytes, {split['documents']:,} documents",
+            f"{name}: {count['tokens']:,} tokens, {count['bytes']:,} bytes, {count['documents']:,} documents",
             highlight=False,
         )
     if deduplicate:

@@ -52,6 +52,7 @@ class RunDisplay:
             disable=not status_console.is_terminal,
             transient=True,
         )
+        self._shown: str | None = None
         self._task = self._bar.add_task("", total=1.0, step="0", figures="")
 
     def __enter__(self) -> RunDisplay:
@@ -77,6 +78,10 @@ class RunDisplay:
         self._bar.update(self._task, completed=now.fraction, step=step, figures=figures)
         if not status_console.is_terminal and now.stage != "training":
             status_console.print(f"step {step}  {figures}", highlight=False, soft_wrap=True)
+        if now.stage != "training" and now.sample is not None and now.sample != self._shown:
+            self._shown = now.sample
+            text = " ".join(now.sample.split())
+            self._bar.console.print(f"step {now.step:,} writes: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -43,6 +43,11 @@ class PresetName(str, Enum):
     base = "base"
 
 
+class OptimizerName(str, Enum):
+    muon = "muon"
+    adamw = "adamw"
+
+
 class ScheduleName(str, Enum):
     linear = "linear"
     cosine = "cosine"
@@ -84,8 +89,15 @@ def command(
     context_length: Annotated[int | None, typer.Option("--context-length", help="Tokens of a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences of a step.")] = None,
     accumulation: Annotated[int | None, typer.Option("--accumulation", help="Parts a batch is computed in.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Peak rate of Muon, for the blocks' matrices.")] = None,
-    embedding_lr: Annotated[float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest.")] = None,
+    optimizer: Annotated[
+        OptimizerName | None, typer.Option("--optimizer", help="Of the blocks' matrices. [default: muon]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Peak rate for the blocks' matrices. [default: by optimizer]")
+    ] = None,
+    embedding_lr: Annotated[
+        float | None, typer.Option("--embedding-lr", help="Peak rate of AdamW, the rest. [default: by width]")
+    ] = None,
     schedule: Annotated[
         ScheduleName | None, typer.Option("--schedule", help="How the rate falls at the end. [default: linear]")
     ] = None,
@@ -122,6 +134,9 @@ def command(
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="Train nothing; find a rate in 100 steps, and draw <out>/rates.png.")
     ] = False,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="A prompt; show what the model writes after it at each evaluation.")
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write what log.jsonl holds for TensorBoard.")
     ] = False,
@@ -152,6 +167,7 @@ def command(
         "steps": steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
+        "optimizer": optimizer and optimizer.value,
         "learning_rate": lr,
         "embedding_learning_rate": embedding_lr,
         "dtype": dtype and dtype.value,
@@ -192,7 +208,7 @@ def command(
     with _nothing_left_behind(out) if world.is_main else nullcontext():
         description = world.from_main(plan)
         dataset = _recorded_data(out, description, None)
-        _run(out, description, dataset, started_at, parallel, world, tensorboard, as_json)
+        _run(out, description, dataset, started_at, parallel, world, tensorboard, sample, as_json)
 
 
 @contextmanager
@@ -245,6 +261,7 @@ def _run(
     parallel: ParallelName,
     world: World,
     tensorboard: bool,
+    sample: str | None,
     as_json: bool,
 ) -> None:
     from fastlm.training import train
@@ -260,6 +277,7 @@ def _run(
             started_at=started_at,
             parallel=parallel.value,
             tensorboard=tensorboard,
+            sample_prompt=sample,
         )
     world.close()
     if not world.is_main:
@@ -288,7 +306,7 @@ def _describe(
 ) -> RunDescription:
     """A new run: what was given, and defaults that suit the text, the time and the machine."""
     from fastlm.training import PRESETS, TrainingConfig, rnn_config, transformer_config
-    from fastlm.training.config import fast_dtype, preset_for
+    from fastlm.training.config import adamw_learning_rate, embedding_learning_rate, fast_dtype, preset_for
     from fastlm.training.run_directory import RunDescription
 
     training = {name: value for name, value in given_training.items() if value is not None}
@@ -298,6 +316,10 @@ def _describe(
     preset = replace(PRESETS[name], **{k: v for k, v in given_model.items() if v is not None})
     cell = architecture.value if architecture else "transformer"
     vocab_size = dataset.tokenizer.vocab_size
+    if cell == "transformer":
+        training.setdefault("embedding_learning_rate", embedding_learning_rate(preset.hidden_size))
+    if training.get("optimizer") == "adamw":
+        training.setdefault("learning_rate", adamw_learning_rate(preset.hidden_size))
     config: TrainingConfig = TrainingConfig(
         **{"batch_size": preset.batch_size, "dtype": fast_dtype() if cell == "transformer" else "float32", **training}
     )
@@ -317,9 +339,10 @@ def _new_data(
     from fastlm.tokenizer import Tokenizer
     from fastlm.training import MixedDataset, TokenDataset, prepare
     from fastlm.training.data import MANIFEST
+    from fastlm.training.hub_datasets import is_dataset
     from fastlm.training.run_directory import delete_run
 
-    directories = [path for path in data if path.is_dir()]
+    directories = [path for path in data if path.is_dir() and not is_dataset(path)]
     if directories:
         if len(directories) < len(data):
             raise ConfigError(f"{directories[0]} is a directory; give prepared directories, or text files")
@@ -363,6 +386,7 @@ def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> T
     """The data of an unfinished run. Raises ConfigError when other data was given, or it is no longer the same."""
     from fastlm.training import MixedDataset, TokenDataset
     from fastlm.training.data import sha256_file
+    from fastlm.training.hub_datasets import is_dataset
 
     def opened(directories: Sequence[str | Path]) -> TokenDataset | MixedDataset:
         datasets = [TokenDataset(directory) for directory in directories]
@@ -371,10 +395,14 @@ def _recorded_data(out: Path, run: RunDescription, data: list[Path] | None) -> T
     inside = out / "data"
     dataset = opened([inside] if inside.is_dir() else run.data.split(os.pathsep))
     changed = dataset.fingerprint != run.data_fingerprint
-    if data and data[0].is_dir():
+    if data and data[0].is_dir() and not is_dataset(data[0]):
         changed |= len(data) != max(1, len(run.weights)) or opened(data).fingerprint != run.data_fingerprint
     elif data and isinstance(dataset, MixedDataset):
         changed = True
+    elif data and any(is_dataset(path) for path in data):
+        assert isinstance(dataset, TokenDataset)
+        names = [source["file"] for source in dataset.manifest.sources]
+        changed |= not all(any(name.startswith(f"{path}:") or name == str(path) for name in names) for path in data)
     elif data:
         assert isinstance(dataset, TokenDataset)
         missing = [path for path in data if not path.is_file()]

@@ -28,7 +28,7 @@ REPEATED = 25  # random tokens, twice in a row
 RANDOM_TEXTS = 4
 DOCUMENTS, VOCAB_SIZE = 25_000, 1024
 SMALL = Preset(hidden_size=128, num_layers=2, head_dim=64, context_length=64, batch_size=16)
-STEPS = 500
+STEPS = 250
 
 
 def run(lab: Workbench) -> None:

@@ -16,8 +16,7 @@ from fastlm.labs.workbench import MissingError, Workbench
 from fastlm.tokenizer import BpeTrainer, Tokenizer, split
 
 PUBLISHED = {"GPT-2": "gpt2", "GPT-4 (cl100k)": "cl100k_base", "GPT-4o (o200k)": "o200k_base"}
-SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-OWN_SIZE = 16384
+SIZES, OWN_SIZE = (512, 1024, 2048, 4096, 8192, 16384, 32768), 16384
 LEVELS = {
     "character": ("글자", "character"),
     "subword": ("토큰", "subword"),

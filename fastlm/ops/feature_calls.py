@@ -137,7 +137,7 @@ FEATURES: dict[str, list[Feature]] = {
         Feature("additive bias", "더하는 bias", partial(_attention, bias=True)),
         Feature("packed sequences", "이어 붙인 문장", partial(_attention, packed=True)),
         Feature("scale below 0", "음수 scale", partial(_attention, scale=-0.5)),
-        Feature("dropout", "드롭아웃", partial(_attention, dropout=0.1)),
+        Feature("dropout", "드롭아웃", partial(_attention, dropout=0.3, seed=5)),
         Feature("log-sum-exp", "log-sum-exp", partial(_attention, return_lse=True)),
         Feature("gradients", "기울기", partial(_attention, grad=True), True),
         Feature("gradient of sinks", "sinks의 기울기", partial(_attention, grad=True, sinks=True), True),

@@ -105,6 +105,20 @@ def fast_dtype() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if has_bfloat16() else "float32"
 
 
+def embedding_learning_rate(hidden_size: int) -> float:
+    """AdamW's rate for a transformer's embeddings and output layer: what suits "tiny", in proportion to 1 / width.
+
+    A step moves each weight of the output layer by about the rate, and so a logit by the rate times the width. See
+    Yang et al., "Tensor Programs V", 2022 (arXiv 2203.03466), table 3.
+    """
+    return TrainingConfig.embedding_learning_rate * PRESETS["tiny"].hidden_size / hidden_size
+
+
+def adamw_learning_rate(hidden_size: int) -> float:
+    """AdamW's rate for the matrices of the blocks, where it takes Muon's place. It too falls as the width grows."""
+    return 0.002 * PRESETS["tiny"].hidden_size / hidden_size
+
+
 def transformer_config(
     vocab_size: int, preset: Preset, *, num_kv_heads: int | None = None, qk_norm: bool = True
 ) -> ModelConfig:

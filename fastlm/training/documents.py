@@ -12,10 +12,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from fastlm.errors import DataError
 from fastlm.tokenizer.text_reader import Reader, open_stream, read_lines
+from fastlm.training.data import sha256_file
 from fastlm.training.records import is_table, read_records
 
 CHUNK_BYTES = 4 << 20  # text handled at once; bounds memory
@@ -24,8 +25,36 @@ LINE_SEARCH_BYTES = 64 << 10  # how far back from 90 % a line start is looked fo
 Split = Literal["train", "valid"]
 
 
+class Source(Protocol):
+    """What is encoded as a whole, by one process."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """For the display of progress."""
+
+    @property
+    def train_bytes(self) -> int:
+        """About how much of them is for training."""
+
+    def identity(self) -> list[Any]:
+        """What, if it is the same, is the same source; of JSON's types."""
+
+    def sha256(self) -> str:
+        """Of the content."""
+
+    def documents(self) -> Iterator[tuple[Split, Iterator[str]]]:
+        """Each document's split and its text in pieces, which are to be read before the next document is.
+
+        Raises:
+            DataError: the source is damaged, not UTF-8, or a row has no text; names the place.
+        """
+
+
 @dataclass(frozen=True)
-class Source:
+class FileSource:
     """A file to prepare. `cut` and `size`: of a text that is one document, the byte where validation starts, and the
     last; else None."""
 
@@ -36,12 +65,25 @@ class Source:
     cut: int | None = None
     size: int | None = None
 
-    def documents(self) -> Iterator[tuple[Split, Iterator[str]]]:
-        """Each document's split and its text in pieces, which are to be read before the next document is.
+    @property
+    def name(self) -> str:
+        return str(self.path)
 
-        Raises:
-            DataError: the file is damaged, not UTF-8, or a row has no text; names the place.
-        """
+    @property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def train_bytes(self) -> int:
+        return self.num_bytes if self.cut is None else self.cut
+
+    def identity(self) -> list[Any]:
+        return [str(self.path.resolve()), self.path.stat().st_mtime_ns, self.num_bytes, repr(self)]
+
+    def sha256(self) -> str:
+        return sha256_file(self.path)
+
+    def documents(self) -> Iterator[tuple[Split, Iterator[str]]]:
         if self.cut is not None and self.size is not None:
             yield "train", read_text(self.path, 0, self.cut)
             yield "valid", read_text(self.path, self.cut, self.size)
@@ -63,16 +105,16 @@ class Source:
                     yield text
 
 
-def open_source(path: Path, *, column: str, by_line: bool, valid_fraction: float) -> Source:
+def open_source(path: Path, *, column: str, by_line: bool, valid_fraction: float) -> FileSource:
     """Raises DataError for a missing or empty file, or a text too short to split."""
     if not path.is_file():
         raise DataError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}; give a text file")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; give a file with text")
     if by_line or is_table(path):
-        return Source(path, column, by_line, valid_fraction)
+        return FileSource(path, column, by_line, valid_fraction)
     size = path.stat().st_size if _is_plain(path) else sum(map(len, _blocks(path)))
-    return Source(path, column, by_line, valid_fraction, _split_point(path, size, valid_fraction), size)
+    return FileSource(path, column, by_line, valid_fraction, _split_point(path, size, valid_fraction), size)
 
 
 def split_of(text: str, valid_fraction: float) -> Split:

@@ -53,6 +53,7 @@ class Progress:
     seconds_left: float | None
     valid: Mapping[str, Any]  # metrics of the last evaluation; empty before the first
     skipped_steps: int
+    sample: str | None = None  # what the model wrote after the last evaluation
 
 
 @losing_a_process_is_an_error()
@@ -118,6 +119,7 @@ def run_loop(
         max_final_size=objective.max_final_size,
     )
     valid: Mapping[str, Any] = {}
+    sample: str | None = None
     loss_value = math.nan
 
     def progress(stage: Stage) -> Progress:
@@ -131,6 +133,7 @@ def run_loop(
             seconds_left=clock.seconds_left(),
             valid=valid,
             skipped_steps=state.skipped_steps,
+            sample=sample,
         )
 
     def write(**values: Any) -> None:
@@ -173,14 +176,19 @@ def run_loop(
             objective.files.write(out)
 
     def evaluate(size: int, stop: Callable[[], bool] | None = None, during_training: bool = True) -> Score | None:
-        nonlocal valid
+        nonlocal valid, sample
         model.eval()
-        with autocast, averaged() if during_training else nullcontext():
-            score = objective.evaluate(size, stop)
+        with averaged() if during_training else nullcontext():
+            with autocast:
+                score = objective.evaluate(size, stop)
+            if world.is_main and score is not None:
+                sample = objective.sample()
         model.train()
         if score is not None:
             valid = score.metrics
             write(**{f"valid_{k}": v for k, v in score.metrics.items()}, partial=score.partial)
+            if sample is not None:
+                write(sample=sample)
         return score
 
     try:

@@ -57,6 +57,10 @@ class Objective(ABC, Generic[Part]):
         """The score on `size` evenly spread windows or examples; None when `should_stop` said so. The same in every
         process."""
 
+    def sample(self) -> str | None:
+        """What the model writes as it is now; None where nothing was asked."""
+        return None
+
 
 def check_divisible(config: TrainingConfig, world: World) -> None:
     """Raises ConfigError unless every process gets as many examples of a batch, in parts of one size."""

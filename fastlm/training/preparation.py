@@ -1,4 +1,4 @@
-"""From source files to a prepared directory: tokenizer, token shards of both splits, manifest.
+"""From sources, files or data sets, to a prepared directory: tokenizer, token shards of both splits, manifest.
 
 Each source is encoded by itself, in a process of its own where several workers are asked for, into shards and a record
 of them in `<out>.partial`. What was interrupted goes on with the sources that have no record yet. At the end the shards
@@ -15,11 +15,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,10 @@ import numpy as np
 from fastlm._files import write_atomic
 from fastlm.errors import ConfigError, DataError, FastlmError
 from fastlm.tokenizer import BpeTrainer, Tokenizer
-from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset, sha256_file
-from fastlm.training.documents import Source, open_source
+from fastlm.training.data import FORMAT_VERSION, MANIFEST, Manifest, TokenDataset
+from fastlm.training.documents import FileSource, Source, open_source
+from fastlm.training.hub_datasets import is_dataset, open_dataset
+from fastlm.training.preparation_workers import check_ray, for_each
 
 SHARD_TOKENS = 1 << 27
 EOS_TOKEN = "<|endoftext|>"
@@ -54,24 +53,31 @@ def prepare(
     vocab_size: int | None = None,
     valid_fraction: float = 0.1,
     column: str = "text",
+    subset: str | None = None,
+    split: str = "train",
     by_line: bool = False,
     deduplicate: bool = False,
     workers: int = 1,
+    ray: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TokenDataset:
     """Writes a prepared directory, whole or not at all, and opens it.
 
     Args:
         files: UTF-8 text, each a document; or JSON lines, CSV, TSV and Parquet, each row a document. Also .gz and .zst.
+            Or data sets of Hugging Face, by their id or the directory they were saved to; each row is a document.
         out: the directory to write; must not exist, or be empty. `.<out>.partial` beside it holds what is done; the
             same call goes on from there after an interruption.
         tokenizer: encodes the text; by default one is trained on the training part.
         vocab_size: of the trained tokenizer; by default chosen by the amount of text.
         valid_fraction: share that is kept for validation: of each text at its end, of rows by a hash of their text.
         column: of rows, the one that holds the text.
+        subset, split: of a Hugging Face data set.
         by_line: each line of a text file is a document.
         deduplicate: leaves out documents whose text has occurred before, spaces around it aside.
         workers: processes that encode, each a source at a time. The result does not depend on it.
+        ray: tasks of Ray encode instead, on the cluster that the environment's RAY_ADDRESS names, else on this machine.
+            All machines must share the directories. The result does not depend on it.
         on_progress: called with (stage, bytes done, bytes in all); of compressed files, bytes of the file.
 
     Raises:
@@ -87,9 +93,18 @@ def prepare(
         raise ConfigError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
     if workers < 1:
         raise ConfigError(f"workers must be 1 or more, not {workers}")
+    if ray:
+        check_ray()
+        if workers != 1:
+            raise ConfigError("give workers or ray, not both: Ray runs as many tasks as its cluster has CPUs")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists already; give another directory")
-    sources = [open_source(Path(f), column=column, by_line=by_line, valid_fraction=valid_fraction) for f in files]
+    sources: list[Source] = []
+    for file in map(Path, files):
+        if is_dataset(file):
+            sources += open_dataset(file, subset=subset, split=split, column=column, valid_fraction=valid_fraction)
+        else:
+            sources.append(open_source(file, column=column, by_line=by_line, valid_fraction=valid_fraction))
     if tokenizer is not None and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer has no end-of-text token; it needs a special token such as {EOS_TOKEN}")
     trainer = None if tokenizer is not None else _trainer(sources, vocab_size)
@@ -106,8 +121,8 @@ def prepare(
                 assert tokenizer is not None
                 tokenizer.save(kept)
             jobs = [_Job(i, source, partial_directory, SHARD_TOKENS) for i, source in enumerate(sources)]
-            duplicates = _mark_duplicates(jobs, workers, on_progress) if deduplicate else 0
-            _encode_all(jobs, workers, on_progress)
+            duplicates = _mark_duplicates(jobs, workers, ray, on_progress) if deduplicate else 0
+            _encode_all(jobs, workers, ray, on_progress)
             _assemble(partial_directory, jobs, duplicates)
         except FastlmError:
             shutil.rmtree(partial_directory, ignore_errors=True)
@@ -160,7 +175,7 @@ def _begin(
     """Keeps what an interrupted call with the same sources and options has done; else starts anew."""
     facts = [
         FORMAT_VERSION, SHARD_TOKENS, vocab_size, deduplicate, tokenizer and tokenizer.fingerprint(),
-        [[str(s.path.resolve()), s.path.stat().st_mtime_ns, s.path.stat().st_size, repr(s)] for s in sources],
+        [source.identity() for source in sources],
     ]  # fmt: skip
     plan = json.dumps(facts)
     path = directory / "plan.json"
@@ -174,8 +189,7 @@ def _begin(
 
 def _trainer(sources: list[Source], vocab_size: int | None) -> BpeTrainer:
     if vocab_size is None:
-        sizes = [s.path.stat().st_size if s.cut is None else s.cut for s in sources]
-        vocab_size = default_vocab_size(sum(sizes))
+        vocab_size = default_vocab_size(sum(source.train_bytes for source in sources))
     return BpeTrainer(vocab_size, special_tokens=[EOS_TOKEN])
 
 
@@ -186,51 +200,31 @@ def _training_texts(sources: list[Source]) -> Iterator[str]:
                 yield from pieces
 
 
-def _encode_all(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> None:
+def _encode_all(jobs: list[_Job], workers: int, ray: bool, on_progress: OnProgress | None) -> None:
     todo = [job for job in jobs if not job.record.exists()]
     tokenizer = Tokenizer.from_file(jobs[0].directory / "tokenizer.json")
-    _each("encoding", todo, partial(_encode, tokenizer), workers, on_progress)
+    _each("encoding", todo, partial(_encode, tokenizer), workers, ray, on_progress)
 
 
 def _each(
-    stage: str, jobs: list[_Job], work: Callable[[_Job], object], workers: int, on_progress: OnProgress | None
+    stage: str,
+    jobs: list[_Job],
+    work: Callable[[_Job], object],
+    workers: int,
+    ray: bool,
+    on_progress: OnProgress | None,
 ) -> None:
-    """Does `work` for every job, in this process or in several. Ctrl-C lets those that run finish."""
-    total = sum(job.source.path.stat().st_size for job in jobs)
+    total = sum(job.source.num_bytes for job in jobs)
     done = 0
-
-    def count(job: _Job) -> None:
-        nonlocal done
-        done += job.source.path.stat().st_size
+    for job in for_each(jobs, work, workers=workers, ray=ray):
+        done += job.source.num_bytes
         if on_progress is not None:
             on_progress(stage, done, total)
 
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            work(job)
-            count(job)
-        return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _ignore_interrupts)
-    try:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            future.result()
-            count(futures[future])
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory; the same command goes on") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
-
-def _ignore_interrupts() -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _mark_duplicates(jobs: list[_Job], workers: int, on_progress: OnProgress | None) -> int:
+def _mark_duplicates(jobs: list[_Job], workers: int, ray: bool, on_progress: OnProgress | None) -> int:
     """Writes which documents of each source have occurred before; returns how many."""
-    _each("comparing", [job for job in jobs if not job.hashes.exists()], _hash, workers, on_progress)
+    _each("comparing", [job for job in jobs if not job.hashes.exists()], _hash, workers, ray, on_progress)
     seen: set[bytes] = set()
     count = 0
     for job in jobs:
@@ -262,7 +256,7 @@ def _encode(tokenizer: Tokenizer, job: _Job) -> None:
         if number not in repeated:
             writers[split].add(pieces)
     splits = {split: writer.close() for split, writer in writers.items()}
-    write_atomic(job.record, json.dumps({"sha256": sha256_file(job.source.path), "splits": splits}))
+    write_atomic(job.record, json.dumps({"sha256": job.source.sha256(), "splits": splits}))
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[Any]:
@@ -321,10 +315,10 @@ def _assemble(directory: Path, jobs: list[_Job], duplicates: int) -> None:
         splits[split] = {**counts, "shards": shards}
     sources = [
         {
-            "file": str(job.source.path),
-            "bytes": job.source.path.stat().st_size,
+            "file": job.source.name,
+            "bytes": job.source.num_bytes,
             "sha256": record["sha256"],
-            "valid_from": job.source.cut,
+            "valid_from": job.source.cut if isinstance(job.source, FileSource) else None,
             "documents": sum(record["splits"][split]["documents"] for split in SPLITS),
         }
         for job, record in zip(jobs, records, strict=True)

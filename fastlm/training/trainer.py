@@ -26,6 +26,7 @@ from fastlm.training.loop import Progress, run_loop
 from fastlm.training.model_files import LanguageModelFiles, ModelFiles
 from fastlm.training.objective import Objective, Score, check_divisible
 from fastlm.training.run_directory import RESULT_FILE, RunDescription, begin_run
+from fastlm.training.samples import sample_text
 
 PARTIAL_WINDOWS = 32  # of an evaluation during the run: about 0.3 s for a small model on two cores
 MAX_FINAL_WINDOWS = 8192  # of the final one: a million tokens, a minute or two for a small model on two cores
@@ -74,10 +75,12 @@ class LanguageModeling(Objective[Rows]):
         *,
         files: ModelFiles | None = None,
         context_length: int | None = None,
+        sample_prompt: str | None = None,
         world: World | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model: LanguageModel = model
+        self.sample_prompt = sample_prompt
         self.files = files or LanguageModelFiles(model, dataset.eos_token_id)
         self.dataset = dataset
         self.world = world or World()
@@ -124,6 +127,11 @@ class LanguageModeling(Objective[Rows]):
         metrics = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "perplexity": result.perplexity}
         return Score(result.bits_per_byte, metrics, result.partial)
 
+    def sample(self) -> str | None:
+        if self.sample_prompt is None:
+            return None
+        return sample_text(self.model, self.dataset.tokenizer, self.sample_prompt)
+
 
 def train(
     model_config: AnyConfig,
@@ -137,6 +145,7 @@ def train(
     device: torch.device | str = "cpu",
     parallel: Parallel = "ddp",
     tensorboard: bool = False,
+    sample_prompt: str | None = None,
 ) -> TrainingResult:
     """Trains a model and writes it to the directory `out`; goes on where an unfinished run of the same options stopped.
 
@@ -147,6 +156,7 @@ def train(
         on_progress: called often, in this thread.
         should_stop: asked after each step; when it says yes, a checkpoint is written and training returns.
         started_at: `time.monotonic()` at which `config.minutes` began to count; by default now.
+        sample_prompt: after each evaluation, what the model writes after it goes to log.jsonl and to `on_progress`.
         parallel: where torchrun started several processes, each has all of the model ("ddp") or a part ("fsdp").
 
     Raises:
@@ -164,7 +174,10 @@ def train(
         )
     world = World()
     torch.manual_seed(config.seed)
-    objective = LanguageModeling(build_model(model_config).to(device), dataset, config, world=world, device=device)
+    if sample_prompt is not None and world.size > 1 and parallel == "fsdp":
+        raise ConfigError("a part of a model cannot write; leave out --sample or --parallel fsdp")
+    model = build_model(model_config).to(device)
+    objective = LanguageModeling(model, dataset, config, sample_prompt=sample_prompt, world=world, device=device)
 
     def begin() -> None:
         begin_run(out, RunDescription.of(model_config, config, dataset))

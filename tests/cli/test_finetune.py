@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli.app import app
 from fastlm.errors import ConfigError, DataError
+from fastlm.inference import LLM, SamplingParams
 from fastlm.model import ModelConfig, Transformer, load, load_classifier, save_model
 from fastlm.tokenizer import BpeTrainer
 from tests.training.conftest import one_thread  # noqa: F401 (fixture)
@@ -74,6 +75,21 @@ def test_an_adapter_is_written_merged_and_generates(base: Path, tmp_path: Path) 
         torch.testing.assert_close(load(out).model(ids), load(out / "merged").model(ids), rtol=1e-4, atol=1e-4)
     result = CliRunner().invoke(app, ["generate", "--checkpoint", str(out), "--prompt", "say", "--max-tokens", "3"])
     assert result.exit_code == 0, result.output
+
+
+def test_pairs_of_sentences_in_two_columns_of_a_table_are_learned_as_a_translation(base: Path, tmp_path: Path) -> None:
+    pairs = {"좋았다": "good", "나빴다": "bad", "정말 좋았다": "was good", "정말 나빴다": "was bad"}
+    for name, rows in (("train.tsv", list(pairs.items()) * 8), ("valid.tsv", list(pairs.items()))):
+        (tmp_path / name).write_text("ko\ten\n" + "".join(f"{ko}\t{en}\n" for ko, en in rows), encoding="utf-8")
+    options = ["--base", base, "--data", tmp_path / "train.tsv", "--valid", tmp_path / "valid.tsv", "--lr", 0.02]
+    options += ["--task", "instruction", "--prompt-column", "ko", "--response-column", "en", "--epochs", 30]
+    said = json.loads(run(*options, "--out", tmp_path / "run", "--json"))
+    assert said["steps"] == 60
+    assert said["metrics"]["loss"] < 0.2  # what is learned is asked
+    with LLM(tmp_path / "run", memory=4 << 20) as llm:
+        prompts = [llm.chat_prompt([{"role": "user", "content": ko}]).prompt for ko in pairs]
+        answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
+    assert [answer.text.strip() for answer in answers] == list(pairs.values())
 
 
 def test_text_goes_on_training_the_base(base: Path, tmp_path: Path) -> None:

@@ -60,10 +60,22 @@ def test_a_query_that_sees_nothing_gives_zero():
     assert torch.equal(out[0, 0, 0], torch.zeros(16, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_keeps_the_mean_and_follows_torchs_generator(causal):
+    q, k = draw(1, 2, 4, 16), draw(1, 2, 7, 16)
+    torch.manual_seed(5)
+    draws = [scaled_dot_product_attention(q, k, k, dropout_p=0.3, is_causal=causal) for _ in range(600)]
+    torch.manual_seed(5)
+    assert torch.equal(scaled_dot_product_attention(q, k, k, dropout_p=0.3, is_causal=causal), draws[0])
+    assert not torch.equal(draws[0], draws[1])
+    plain = scaled_dot_product_attention(q, k, k, is_causal=causal)
+    torch.testing.assert_close(torch.stack(draws).mean(0), plain, rtol=0.0, atol=0.3)
+
+
 def test_what_cannot_be_done_is_refused_with_the_reason():
     q, k = draw(1, 4, 3, 16), draw(1, 2, 3, 16)
-    with pytest.raises(ConfigError, match="no dropout"):
-        scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+        scaled_dot_product_attention(q, q, q, dropout_p=1.0)
     with pytest.raises(ConfigError, match="exclude each other"):
         scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool), is_causal=True)
     with pytest.raises(ConfigError, match="enable_gqa=True"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastlm.errors import BackendError
 from fastlm.ops import attention, explain
+from fastlm.ops.attention import reference
 from tests.ops.helpers import assert_as_exact_as, poisoned_memory
 
 # seq_q, seq_k, heads, kv_heads, head_dim, options. The interpreter's tiles are 16 and 32 long.
@@ -36,13 +37,33 @@ CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "sinks, window, more queries": (60, 40, 2, 2, 16, {"causal": True, "window": 9, "sinks": True}),
     "bias": (23, 41, 2, 1, 16, {"bias": (2, 2, 23, 41)}),
     "bias, shared, causal": (23, 23, 2, 2, 16, {"causal": True, "bias": (1, 2, 1, 23)}),
+    "bias, of one sequence, window, softcap": (
+        40,
+        50,
+        2,
+        1,
+        16,
+        {"causal": True, "window": 20, "softcap": 3.0, "bias": (2, 40, 50)},
+    ),
+    "dropout": (40, 50, 4, 2, 16, {"dropout": 0.3, "seed": 2**62 + 5}),
+    "dropout, causal, sinks, more queries": (
+        50,
+        37,
+        2,
+        1,
+        24,
+        {"causal": True, "sinks": True, "dropout": 0.6, "seed": -3},
+    ),
+    "dropout, bias": (33, 41, 2, 1, 16, {"bias": (2, 1, 33, 41), "dropout": 0.2, "seed": 9}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LOW_PRECISION_CASES = ["causal, gqa, tile + 1, padded head_dim", "softcap, window, gqa", "sinks", "full", "bias"]
+LOW_PRECISION_CASES = [
+    "causal, gqa, tile + 1, padded head_dim", "softcap, window, gqa", "sinks", "full", "bias", "dropout",
+]  # fmt: skip
 
 
 def refused(backend: str, options: dict[str, Any]) -> bool:
-    return (backend == "triton" and "bias" in options) or (backend == "cpu" and "softcap" in options)
+    return backend == "cpu" and ("softcap" in options or "dropout" in options)
 
 
 def dtypes_of(case: str) -> list[torch.dtype]:
@@ -73,9 +94,12 @@ def backend(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.Mon
 
 
 def plain_attention(
-    q, k, v, *, causal=False, window=None, softcap=None, sinks=None, bias=None, scale=None, low_precision=True
+    q, k, v, *, causal=False, window=None, softcap=None, sinks=None, bias=None, scale=None, dropout=0.0, seed=0
 ):
-    """The formula in plain PyTorch, in q's dtype, from masks of ones; a second opinion beside the reference."""
+    """The formula in plain PyTorch, in q's dtype, from masks of ones; a second opinion beside the reference.
+
+    Which weights dropout keeps is the reference's word, which has a test of its own.
+    """
     (_, seq_q, heads, head_dim), seq_k = q.shape, k.shape[1]
     k, v = (t.repeat_interleave(heads // t.shape[2], 2).transpose(1, 2) for t in (k, v))
     logits = q.transpose(1, 2) @ k.mT * (head_dim**-0.5 if scale is None else scale)
@@ -88,13 +112,17 @@ def plain_attention(
         seen = seen.tril(seq_k - seq_q)
     if window is not None:
         seen = seen.triu(seq_k - seq_q - window + 1)
+    kept = 1.0
+    if dropout:
+        seed = torch.tensor(seed, device=q.device)
+        kept = reference.kept(tuple(logits.shape), dropout, seed).to(logits.dtype) / (1 - dropout)
     empty = ~seen.any(-1, keepdim=True)
     logits = logits.masked_fill(~seen & ~empty, -torch.inf)
     if sinks is not None:
         column = sinks[None, :, None, None].expand(q.shape[0], heads, seq_q, 1)
         logits = torch.cat([logits.masked_fill(empty, -torch.inf), column], -1)
-        return (logits.softmax(-1)[..., :-1] @ v).transpose(1, 2), logits.logsumexp(-1)
-    weights = logits.softmax(-1).masked_fill(empty, 0.0)
+        return (logits.softmax(-1)[..., :-1] * kept @ v).transpose(1, 2), logits.logsumexp(-1)
+    weights = logits.softmax(-1).masked_fill(empty, 0.0) * kept
     return (weights @ v).transpose(1, 2), logits.logsumexp(-1).masked_fill(empty[:, 0], -torch.inf)
 
 
@@ -203,17 +231,66 @@ def test_rows_without_a_key_give_zero_and_pass_no_gradient(backend, device):
     assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
 
 
-def test_a_row_whose_bias_hides_every_key_gives_zero(device, monkeypatch):
-    for backend in ("reference",) if device == "cuda" else ("reference", "cpu"):
+def test_a_row_whose_bias_hides_every_key_gives_zero(backend, device):
+    q, k, v = (torch.randn(1, 40, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 1, 40, 40, device=device)
+    bias[..., 2, :] = -torch.inf
+    bias[..., 5, :33] = -torch.inf  # all but its last tile of keys
+    bias.requires_grad_()
+    out, lse = attention(q, k, v, bias=bias, return_lse=True)
+    out.square().sum().backward()
+    assert torch.equal(out[:, 2], torch.zeros_like(out[:, 2]))
+    assert (lse[..., 2] == -torch.inf).all()
+    assert torch.isfinite(lse[..., 5]).all()
+    assert all(torch.isfinite(t.grad).all() for t in (q, k, v, bias))
+
+
+def test_what_is_kept_is_a_fair_draw_that_seed_and_place_decide(device):
+    shape, seed = (2, 3, 40, 51), torch.tensor(int(torch.randint(2**62, ())), device=device)
+    for dropout in (0.1, 0.5, 0.9):
+        kept = reference.kept(shape, dropout, seed)
+        sigma = (dropout * (1 - dropout) / kept.numel()) ** 0.5
+        assert abs(kept.float().mean().item() - (1 - dropout)) < 5 * sigma
+    kept = reference.kept(shape, 0.5, seed)
+    assert torch.equal(reference.kept(shape, 0.5, seed), kept)
+    assert torch.equal(reference.kept((1, 3, 40, 51), 0.5, seed, 3)[0], kept[1])  # the second sequence's planes
+    assert torch.equal(reference.kept((2, 3, 7, 12), 0.5, seed), kept[:, :, :7, :12])
+    for other in (reference.kept(shape, 0.5, seed + 1), kept.roll(1, -1), kept.roll(1, -2), kept.roll(1, 1)):
+        assert abs((other == kept).float().mean().item() - 0.5) < 5 * 0.5 / kept.numel() ** 0.5
+    assert reference.kept(shape, 0.0, seed).all()
+
+
+def test_dropout_repeats_with_its_seed_and_else_follows_torchs_generator(device):
+    q, k, v = (torch.randn(1, 20, 2, 16, device=device) for _ in range(3))
+    first = attention(q, k, v, dropout=0.5, seed=1)
+    assert torch.equal(attention(q, k, v, dropout=0.5, seed=torch.tensor(1, device=device)), first)
+    assert not torch.equal(attention(q, k, v, dropout=0.5, seed=2), first)
+    draws = []
+    for generator_seed in (3, 3, 4):
+        torch.manual_seed(generator_seed)
+        draws.append(attention(q, k, v, dropout=0.5))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    mean = torch.stack([attention(q, k, v, dropout=0.2, seed=i) for i in range(400)]).mean(0)
+    torch.testing.assert_close(mean, attention(q, k, v), rtol=0.0, atol=0.15)
+    assert torch.equal(attention(q, k, v, dropout=0.0, seed=1), attention(q, k, v))
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+            attention(q, k, v, dropout=wrong)
+    with pytest.raises(ValueError, match="seed must be an int, or int64 of no dimension"):
+        attention(q, k, v, dropout=0.1, seed=torch.zeros(1, dtype=torch.int64, device=device))
+
+
+def test_packed_dropout_is_the_same_on_every_backend(device, monkeypatch):
+    q, k, v = (torch.randn(40, heads, 16, device=device, requires_grad=True) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, 17, 17, 40], dtype=torch.int32, device=device)
+    results = []
+    for backend in ("reference", "triton"):
         monkeypatch.setenv("FASTLM_BACKEND", backend)
-        q, k, v = (torch.randn(1, 6, 2, 16, device=device, requires_grad=True) for _ in range(3))
-        bias = torch.zeros(1, 1, 6, 6, device=device)
-        bias[..., 2, :] = -torch.inf
-        out, lse = attention(q, k, v, bias=bias, return_lse=True)
-        out.square().sum().backward()
-        assert torch.equal(out[:, 2], torch.zeros_like(out[:, 2]))
-        assert (lse[..., 2] == -torch.inf).all()
-        assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
+        out = attention(q, k, v, causal=True, cu_seqlens_q=offsets, dropout=0.4, seed=11)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 11, "sinks": True}, {}])
@@ -451,8 +528,6 @@ def test_offsets_that_make_no_sense_are_refused_on_cpu_and_cut_on_the_gpu(device
 def test_a_backend_that_cannot_says_why(device, monkeypatch):
     q = torch.randn(1, 4, 2, 16, device=device)
     monkeypatch.setenv("FASTLM_BACKEND", "triton")
-    with pytest.raises(BackendError, match="has no bias yet"):
-        attention(q, q, q, bias=torch.zeros(4, 4, device=device))
     with pytest.raises(BackendError, match="steps of 8, not 12"):
         attention(q[..., :12], q[..., :12], q[..., :12])
     wide = torch.zeros(1, 4, 2, 512, device=device)

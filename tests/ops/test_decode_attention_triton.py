@@ -128,7 +128,9 @@ def test_caches_of_another_dtype_are_read_at_their_own_precision(dtype, cache_dt
     tensors, options = make("sinks, softcap, window", dtype, device, cache_dtype)
     out = decode_attention(*tensors, **options)
     exact = definition(tensors, options, torch.float64)
-    assert_as_exact_as(out, definition(tensors, options), exact)
+    # Triton's interpreter cuts the result off where a GPU rounds it, which alone makes twice the error.
+    factor = 2.2 if device == "cpu" and dtype == torch.bfloat16 else 2.0
+    assert_as_exact_as(out, definition(tensors, options), exact, factor)
 
 
 def quantize(t: Tensor, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from fastlm.errors import ConfigError
 from fastlm.model import RNNConfig, load_model
 from fastlm.training import TokenDataset, TrainingConfig, evaluate, train
 from fastlm.training.log import read_log
+from fastlm.training.samples import sample_text
 from fastlm.training.schedule import learning_rate_scale
 from fastlm.training.trainer import PARTIAL_WINDOWS
 from tests.training.test_resume import after, losses
@@ -112,6 +113,23 @@ def test_a_stopped_run_keeps_the_same_best_evaluations(dataset: TokenDataset, ti
     assert whole.keys() == stopped.keys()
     for step, directory in whole.items():
         assert (directory / "model.safetensors").read_bytes() == (stopped[step] / "model.safetensors").read_bytes()
+
+
+def test_what_the_model_writes_is_logged_and_changes_no_step(dataset: TokenDataset, tiny, tmp_path: Path) -> None:
+    config = replace(CONFIG, evaluations=4, ema=0.5)
+    seen: list[str | None] = []
+    train(
+        tiny, config, dataset, tmp_path / "told", sample_prompt="이 영화",
+        on_progress=lambda now: seen.append(now.sample) if now.stage == "evaluating" else None,
+    )  # fmt: skip
+    train(tiny, config, dataset, tmp_path / "silent")
+    assert losses(tmp_path / "told") == losses(tmp_path / "silent")
+    written = [line["sample"] for line in read_log(tmp_path / "told" / "log.jsonl") if "sample" in line]
+    assert len(written) == 4  # three while training, and the last
+    assert written[:3] == seen
+    last = sample_text(load_model(tmp_path / "told"), dataset.tokenizer, "이 영화")
+    assert written[-1] == last
+    assert not any("sample" in line for line in read_log(tmp_path / "silent" / "log.jsonl"))
 
 
 def test_one_best_evaluation_needs_no_directory_of_its_own(dataset: TokenDataset, tiny, tmp_path: Path) -> None:

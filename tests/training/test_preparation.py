@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import gzip
+import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +318,42 @@ def test_a_shard_whose_content_changed_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"train-00000\.bin is not what manifest\.json says"):
         TokenDataset(tmp_path / "out")
+
+
+def test_an_empty_shard_among_others_is_nothing_and_one_that_should_not_be_empty_is_refused(tmp_path: Path) -> None:
+    whole = prepare([write(tmp_path / "a.txt", LINES)], tmp_path / "out", vocab_size=300)
+    ids = whole.train.read(0, len(whole.train))
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    empty = {"file": "train-00001.bin", "tokens": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    manifest["splits"]["train"]["shards"].insert(0, empty)
+    path.write_text(json.dumps(manifest))
+    write(tmp_path / "out" / "train-00001.bin", b"")
+    again = TokenDataset(tmp_path / "out")
+    assert np.array_equal(again.train.read(0, len(again.train)), ids)
+    write(tmp_path / "out" / "train-00000.bin", b"")
+    with pytest.raises(DataError, match=r"train-00000\.bin is truncated: 0 bytes of"):
+        TokenDataset(tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_loses_no_source_that_is_done(tmp_path: Path, monkeypatch) -> None:
+    files = [rows_file(tmp_path / f"{i}.jsonl", ROWS[i::3]) for i in range(3)]
+    whole = prepare(files, tmp_path / "whole", vocab_size=300)
+    written, shards = module.write_atomic, []
+
+    def full(path: Path, data: bytes | str) -> None:
+        if path.suffix == ".bin" and len(shards) == 4:  # two of each source
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        shards.extend([path.name] * (path.suffix == ".bin"))
+        written(path, data)
+
+    monkeypatch.setattr(module, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare(files, tmp_path / "out", vocab_size=300)
+    assert not (tmp_path / "out").exists()
+    shards.clear()
+    assert prepare(files, tmp_path / "out", vocab_size=300).manifest == whole.manifest
+    assert shards == ["part-00002-train-00000.bin", "part-00002-valid-00000.bin"]
 
 
 def test_an_id_that_no_token_has_is_refused_where_shards_are_too_large_to_hash(tmp_path: Path, monkeypatch) -> None:

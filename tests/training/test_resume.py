@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -185,6 +186,33 @@ def test_a_full_disk_stops_with_one_line_and_the_earlier_checkpoint_goes_on(data
     assert [d.name for d in checkpoint_directories(tmp_path)] == ["step-00000003"]
     assert train(tiny, config, dataset, tmp_path).steps == 14
     assert len(losses(tmp_path)) == 14
+
+
+def test_a_disk_that_is_full_when_the_best_model_is_saved_loses_nothing(dataset, tiny, tmp_path, monkeypatch) -> None:
+    config = replace(EVERY_STEP, keep_best=2)
+    train(tiny, config, dataset, tmp_path / "whole")
+    from fastlm.training import checkpoint
+
+    write_model = checkpoint._write_model
+
+    def full(directory: Path, *rest: object) -> None:
+        if directory.name.startswith(".best") and checkpoint_directories(tmp_path / "run"):
+            (directory / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_model(directory, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_write_model", full)
+        with pytest.raises(CheckpointError, match=r"could not write .*/checkpoints/best: No space left on device"):
+            train(tiny, config, dataset, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    train(tiny, config, dataset, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    names = [sorted(p.name for p in (tmp_path / run / "checkpoints").iterdir()) for run in ("whole", "run")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        files = [(tmp_path / run / "checkpoints" / name / "model.safetensors").read_bytes() for run in ("whole", "run")]
+        assert files[0] == files[1], name
 
 
 def test_deleting_a_run_leaves_every_other_file(dataset, tiny, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def check(
     bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    dropout: float,
 ) -> None:
     """Raises ValueError, naming the argument, when shapes, dtypes or options do not fit one another."""
     packed = cu_seqlens_q is not None
@@ -41,6 +42,8 @@ def check(
         raise ValueError(f"window must be at least 1 and needs causal=True, not window={window}, causal={causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, not {softcap}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be ({heads},), one for each query head, not {tuple(sinks.shape)}")
     if bias is not None:

@@ -41,7 +41,11 @@ def supports(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     return_lse: bool,
+    dropout: float,
+    seed: int | Tensor | None,
 ) -> str | None:
+    if dropout:
+        return "has no dropout"
     if softcap is not None:
         return "has no softcap: torch's scaled_dot_product_attention, which it calls, has none"
     if q.dtype not in _DTYPES:
@@ -136,11 +140,13 @@ def serves_directly(
     bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     return_lse: bool,
+    dropout: float,
 ) -> bool:
     """Whether torch's scaled_dot_product_attention is this very call: eager, on CPU, nothing beyond causal."""
     return (
         q.device.type == "cpu"
         and not return_lse
+        and not dropout
         and softcap is None
         and sinks is None
         and bias is None
@@ -179,6 +185,8 @@ def forward(
     window: int | None,
     softcap: None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -217,12 +225,14 @@ def backward(
     window: int | None,
     softcap: None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if bias_grad:  # as large as the logits, so nothing is saved by not materialising them
         return reference.backward(
             grad_out, grad_lse, q, k, v, out, lse, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            causal, window, softcap, scale, bias_grad,
+            causal, window, softcap, scale, dropout, seed, bias_grad,
         )  # fmt: skip
     none = q.new_empty(0)
     grad_sinks = none

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.attention._arguments import per_sequence
+from fastlm.ops.sampling.reference import WORD, philox
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, **options: object) -> str | None:
@@ -23,6 +24,9 @@ def attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    first_plane: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns (out, lse) of a batch that is not packed; differentiable by autograd, -inf in `bias` included.
 
@@ -39,9 +43,38 @@ def attention(
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    out = (weights[..., :-1] / total) @ _for_each_head(v, heads).to(logits.dtype)
+    shares = _dropped(weights[..., :-1] / total, dropout, seed, first_plane)
+    out = shares @ _for_each_head(v, heads).to(logits.dtype)
     lse = (highest + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
     return out.transpose(1, 2).to(q.dtype), lse
+
+
+def dropout_threshold(dropout: float) -> int:
+    """31 bits: a random number of as many is kept when it is not below."""
+    return min(round(dropout * 2**31), 2**31 - 1)
+
+
+def kept(shape: tuple[int, ...], dropout: float, seed: Tensor, first_plane: int = 0) -> Tensor:
+    """Which weights dropout keeps: `shape` (batch, heads, seq_q, seq_k), of bool.
+
+    The upper 31 bits of word j mod 4 of Philox4x32-10 with key `seed` (int64) and counter (j // 4, i, plane, 0) are
+    below the threshold for what is dropped; i and j count within a sequence, planes are batch · heads + head.
+    """
+    batch, heads, seq_q, seq_k = shape
+    planes = torch.arange(first_plane, first_plane + batch * heads, device=seed.device)[:, None, None]
+    rows = torch.arange(seq_q, device=seed.device)[:, None]
+    quads = torch.arange((seq_k + 3) // 4, device=seed.device)
+    full = (batch * heads, seq_q, len(quads))
+    counter = [t.expand(full) for t in (quads, rows, planes, torch.zeros_like(quads))]
+    words = torch.stack(philox(counter, [seed & WORD, (seed >> 32) & WORD]), -1).flatten(-2)[..., :seq_k]
+    return ((words & WORD) >> 1 >= dropout_threshold(dropout)).view(shape)
+
+
+def _dropped(weights: Tensor, dropout: float, seed: Tensor | None, first_plane: int) -> Tensor:
+    """Weights, or their gradients, `(batch, heads, seq_q, seq_k)`, after dropout."""
+    if dropout == 0 or seed is None:
+        return weights
+    return torch.where(kept(tuple(weights.shape), dropout, seed, first_plane), weights / (1 - dropout), 0.0)
 
 
 def _for_each_head(t: Tensor, heads: int) -> Tensor:
@@ -99,8 +132,11 @@ def forward(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "scale": scale}
+    options |= {"dropout": dropout, "seed": seed}
     if cu_seqlens_q is None or cu_seqlens_k is None:
         out, lse = attention(q, k, v, bias=bias, **options)  # type: ignore[arg-type]
         return out.contiguous(), lse.contiguous()
@@ -111,8 +147,10 @@ def forward(
         dtype=torch.promote_types(q.dtype, torch.float32),
         device=q.device,
     )
-    for rows, keys in per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        its_out, its_lse = attention(q[None, rows], k[None, keys], v[None, keys], **options)  # type: ignore[arg-type]
+    sequences = per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    for i, (rows, keys) in enumerate(sequences):
+        plane = i * q.shape[1]
+        its_out, its_lse = attention(q[None, rows], k[None, keys], v[None, keys], first_plane=plane, **options)  # type: ignore[arg-type]
         out[rows], lse[:, rows] = its_out[0], its_lse[0]
     return out, lse
 
@@ -135,9 +173,12 @@ def backward(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = {"causal": causal, "window": window, "softcap": softcap, "sinks": sinks, "scale": scale}
+    options |= {"dropout": dropout, "seed": seed}
     if cu_seqlens_q is None or cu_seqlens_k is None:
         grads = _dense_backward(grad_out, grad_lse, q, k, v, out, lse, bias, bias_grad=bias_grad, **options)  # type: ignore[arg-type]
         grad_q, grad_k, grad_v, grad_bias, grad_sinks = grads
@@ -145,11 +186,12 @@ def backward(
         grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         grad_bias = q.new_empty(0)
         grad_sinks = q.new_empty(0) if sinks is None else lse.new_zeros(q.shape[1])
-        for rows, keys in per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        sequences = per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        for i, (rows, keys) in enumerate(sequences):
             its_q, its_k, its_v, _, its_sinks = _dense_backward(
                 grad_out[None, rows], None if grad_lse is None else grad_lse[None, :, rows],
                 q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows],
-                None, bias_grad=False, **options,  # type: ignore[arg-type]
+                None, bias_grad=False, first_plane=i * q.shape[1], **options,  # type: ignore[arg-type]
             )  # fmt: skip
             grad_q[rows], grad_k[keys], grad_v[keys] = its_q[0], its_k[0], its_v[0]
             grad_sinks = grad_sinks + its_sinks
@@ -173,7 +215,10 @@ def _dense_backward(
     softcap: float | None,
     sinks: Tensor | None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
     bias_grad: bool,
+    first_plane: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, kv_heads = q.shape[2], k.shape[2]
     logits, squashed = _logits(q, k, causal, window, softcap, bias, scale)
@@ -182,13 +227,14 @@ def _dense_backward(
     shift = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # a row with no key has no weight to compute
     weights = torch.exp(logits - shift)
     delta = row_delta(grad_out, grad_lse, out)[..., None]
-    grad_logits = weights * (grad @ _for_each_head(v, heads).to(wide).mT - delta)
+    grad_weights = _dropped(grad @ _for_each_head(v, heads).to(wide).mT, dropout, seed, first_plane)
+    grad_logits = weights * (grad_weights - delta)
     grad_bias = grad_logits.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and bias_grad else q.new_empty(0)
     if squashed is not None:
         grad_logits = grad_logits * (1 - squashed.square())
     grad_q = (grad_logits @ _for_each_head(k, heads).to(wide)) * scale
     grad_k = (grad_logits.mT @ q.to(wide).transpose(1, 2)) * scale
-    grad_v = weights.mT @ grad
+    grad_v = _dropped(weights, dropout, seed, first_plane).mT @ grad
     return (
         grad_q.transpose(1, 2).to(q.dtype).contiguous(),
         _sum_groups(grad_k, kv_heads).to(k.dtype),

@@ -31,6 +31,11 @@ _AMPERE = {  # and Ada and consumer Blackwell, whose shared memory ends at 99 Ki
     "keys": (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2)),
     "queries": (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
 }
+_ELEMENTS = {  # with a bias or dropout, whose own tiles need registers too; on every chip with tensor cores
+    "forward": (Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    "keys": (Tiles(16, 64, 8, 2), Tiles(16, 64, 8, 2), Tiles(16, 32, 8, 1)),
+    "queries": (Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
+}
 _512 = {  # on every chip with tensor cores: what a row has in registers leaves room for no other shape
     "forward": Tiles(32, 16, 8, 2),
     "keys": Tiles(16, 16, 8, 1),
@@ -44,8 +49,10 @@ _NO_TENSOR_CORES = {  # exact fp32, and Turing, whose tensor cores Triton does n
 _INTERPRETER = {"forward": Tiles(32, 16, 1, 1), "keys": Tiles(16, 32, 1, 1), "queries": Tiles(32, 16, 1, 1)}
 
 
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
-    """`kernel`: "forward", "keys" (grad_k and grad_v) or "queries" (grad_q). `chip`: 80 for sm_80, 0 if interpreted."""
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype, chip: int, elements: bool = False) -> Tiles:
+    """`kernel`: "forward", "keys" (grad_k and grad_v) or "queries" (grad_q). `chip`: 80 for sm_80, 0 if interpreted.
+    `elements`: with a bias or dropout.
+    """
     if chip == 0:
         return _INTERPRETER[kernel]
     if head_dim > 256:
@@ -53,6 +60,8 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, chip: int) -> Tiles:
     column = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if dtype == torch.float32 or chip < 80:
         return _NO_TENSOR_CORES[kernel][column]
+    if elements:
+        return _ELEMENTS[kernel][column]
     if 100 <= chip < 110 and kernel == "keys" and column == 1:
         return _BLACKWELL_KEYS_128
     return (_DATACENTER if 90 <= chip < 110 else _AMPERE)[kernel][column]

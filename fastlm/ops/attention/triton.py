@@ -21,10 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.ops.attention.reference import dropout_threshold
 from fastlm.ops.attention.tiles import tiles
+from fastlm.ops.attention.triton_elements import is_kept, load_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+MAX_BIAS_STRIDE = 2**23  # times 128 rows of a tile: 30 bits
 
 
 def supports(
@@ -43,6 +46,8 @@ def supports(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     return_lse: bool,
+    dropout: float,
+    seed: int | Tensor | None,
 ) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
@@ -50,8 +55,6 @@ def supports(
         return f"supports head_dim 16 to 512 in steps of 8, not {q.shape[-1]}"
     if q.shape[-1] > 256 and (q.dtype == torch.float32 or 0 < capability(q.device) < 80):
         return f"needs bf16 or fp16, and compute capability 8.0, for head_dim {q.shape[-1]}: above 256"
-    if bias is not None:
-        return "has no bias yet; masks are cheaper as causal, window or cu_seqlens"
     if scale is not None and scale <= 0:
         return f"needs a positive scale, which the running maximum relies on, not {scale}"
     if q.dtype == torch.bfloat16 and 0 < capability(q.device) < 80:
@@ -146,8 +149,10 @@ def key_phases(
 @triton.jit
 def _attend(
     acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, end, positions, seq_k, window, inner, factor,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_query, seq_q,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     for tile in tl.range(start, end, BLOCK_N, num_stages=1 if MASKED else STAGES):
@@ -156,6 +161,13 @@ def _attend(
         logits = matmul(q, tl.trans(k), None, PRECISION)
         if SOFTCAP:
             logits = tanh(logits * inner)
+        scale = factor
+        if BIAS:
+            bias = load_bias(
+                bias_ptr, bias_stride, bias_key_stride, first_query, tile, seq_q, seq_k, BLOCK_M, BLOCK_N, False
+            )  # fmt: skip
+            logits = logits * factor + bias * LOG2_E
+            scale = 1.0
         if MASKED:
             keys = tile + columns
             seen = keys[None, :] < seq_k
@@ -164,28 +176,33 @@ def _attend(
             if WINDOW:
                 seen = seen & (keys[None, :] > positions[:, None] - window)
             logits = tl.where(seen, logits, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 1) * factor)
+        new_highest = tl.maximum(highest, tl.max(logits, 1) * scale)
         subtract = new_highest
-        if MASKED:  # a row that has seen no key yet: -inf minus -inf would be NaN
+        if MASKED or BIAS:  # a row that has seen no key yet: -inf minus -inf would be NaN
             subtract = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(logits * factor - subtract[:, None])
+        weights = tl.exp2(logits * scale - subtract[:, None])
         decay = tl.exp2(highest - subtract)
         total = total * decay + tl.sum(weights, 1)
+        if DROPOUT:  # of what is multiplied with v; the sum is of all
+            kept = is_kept(seed_ptr, threshold, plane, first_query, tile, BLOCK_M, BLOCK_N)
+            weights = tl.where(kept, weights * keep_scale, 0.0)
         v = load_tile(v_ptr + offset * v_stride, v_stride, columns, seq_k - tile, MASKED, HEAD_DIM, BLOCK_D)
         acc = matmul(weights.to(v.dtype), v, acc * decay[:, None], PRECISION)
         highest = new_highest
     return acc, highest, total
 
 
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "window"])
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "window", "threshold"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, bias_ptr, seed_ptr,
+    bias_batch_stride, bias_head_stride, bias_stride, bias_key_stride, threshold, keep_scale,
     q_batch_stride, q_stride, q_head_stride, k_batch_stride, k_stride, k_head_stride,
     v_batch_stride, v_stride, v_head_stride, heads, group, seq_q, seq_k, window, inner, factor,
-    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    plane = tl.program_id(0)
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     tile = tl.program_id(1)
@@ -215,6 +232,7 @@ def _forward_kernel(
     k_ptr += key_token * k_stride + kv_head * k_head_stride
     v_ptr += key_token * v_stride + kv_head * v_head_stride
 
+    bias_ptr += batch * bias_batch_stride + head * bias_head_stride
     rows = tl.arange(0, BLOCK_M)
     shift = seq_k - seq_q
     positions = first_row + rows + shift
@@ -232,15 +250,18 @@ def _forward_kernel(
     if WINDOW:
         acc, highest, total = _attend(
             acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, start, whole_start, positions, seq_k, window,
-            inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
+            inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row,
+            seq_q, True, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_start, whole_end, positions, seq_k, window,
-        inner, factor, False, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
+        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row, seq_q,
+        False, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, q, k_ptr, v_ptr, k_stride, v_stride, whole_end, end, positions, seq_k, window,
-        inner, factor, True, CAUSAL, WINDOW, SOFTCAP, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES,
+        inner, factor, bias_ptr, bias_stride, bias_key_stride, seed_ptr, threshold, keep_scale, plane, first_row, seq_q,
+        True, CAUSAL, WINDOW, SOFTCAP, BIAS, DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, STAGES,
     )  # fmt: skip
 
     empty = total == 0
@@ -261,6 +282,9 @@ class Launch(NamedTuple):
     seq_k: int
     longest_q: int
     longest_k: int
+    bias: Tensor  # (batch, heads, seq_q, seq_k) by strides; any tensor where there is none
+    seed: Tensor
+    elements: tuple[int | float, ...]  # the bias's strides, the threshold of dropout, the factor of what is kept
     inner: float  # the factor inside tanh
     factor: float  # from q · k, or from its tanh, to logits in base 2
     constants: dict[str, bool | int | str]
@@ -276,6 +300,9 @@ def plan(
     window: int | None,
     softcap: float | None,
     scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
 ) -> Launch:
     packed = cu_seqlens_q is not None
     seq_q, heads, head_dim = q.shape[-3:]
@@ -284,6 +311,10 @@ def plan(
         precision = "widened"
     else:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if bias is not None and max(bias.stride()[-2:], default=0) >= MAX_BIAS_STRIDE:
+        bias = bias.contiguous()
+    wide_bias = q if bias is None else bias.expand(q.shape[0], heads, seq_q, seq_k)
+    bias_strides = (0,) * 4 if bias is None else wide_bias.stride()
     return Launch(
         packed=packed,
         batch=cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0],
@@ -293,6 +324,9 @@ def plan(
         seq_k=seq_k,
         longest_q=min(seq_q, max_seqlen_q) if packed and max_seqlen_q is not None else seq_q,
         longest_k=min(seq_k, max_seqlen_k) if packed and max_seqlen_k is not None else seq_k,
+        bias=wide_bias,
+        seed=q if seed is None else seed,
+        elements=(*bias_strides, dropout_threshold(dropout), 1 / (1 - dropout)),
         inner=0.0 if softcap is None else scale / softcap,
         factor=(scale if softcap is None else softcap) / math.log(2),
         constants={
@@ -300,6 +334,8 @@ def plan(
             "CAUSAL": causal,
             "WINDOW": window is not None,
             "SOFTCAP": softcap is not None,
+            "BIAS": bias is not None,
+            "DROPOUT": dropout > 0,
             "HEAD_DIM": head_dim,
             "BLOCK_D": triton.next_power_of_2(head_dim),
             "PRECISION": precision,
@@ -325,7 +361,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: None,
+    bias: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -335,21 +371,24 @@ def forward(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    call = plan(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale)
+    call = plan(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, bias, dropout, seed)
     out = outputs_like(q, call.packed)
     if call.packed:
         lse = torch.full((call.heads, call.seq_q), -torch.inf, dtype=torch.float32, device=q.device)
     else:
         lse = torch.empty((call.batch, call.heads, call.seq_q), dtype=torch.float32, device=q.device)
-    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device))
+    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device), bias is not None or dropout > 0)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 in grid:
         return out, lse
     _forward_kernel[grid](
         q, k, v, q if sinks is None else sinks.contiguous(), out, lse,
         q if cu_seqlens_q is None else cu_seqlens_q, q if cu_seqlens_k is None else cu_seqlens_k,
+        call.bias, call.seed, *call.elements,
         *strides(q, call.packed), *strides(k, call.packed), *strides(v, call.packed),
         call.heads, call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor,
         **call.constants, SINKS=sinks is not None, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
