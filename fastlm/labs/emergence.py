@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastlm.labs.episodes import IGNORED, Episodes, logits_of, train_on_episodes
-from fastlm.labs.statistics import Interval, bootstrap
+from fastlm.labs.statistics import RESAMPLES, Interval
 from fastlm.labs.workbench import Workbench
 from fastlm.model import ModelConfig
 from fastlm.training import TrainingConfig
@@ -31,27 +31,43 @@ STEPS = 300
 BATCH = 256
 RATE = 0.02
 QUESTIONS = 500  # sums asked of each model
+STILL = 0.05  # share of whole answers below which nothing seems to be learned
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One size, all seeds together. `right`: (answers, digits) whether each digit is; `logprob`: (answers,) a digit's
-    mean."""
+    """One size. `right`: (seeds, answers, digits), whether each digit is; `logprob`: (seeds, answers), the mean of its
+    digits."""
 
     parameters: int
     right: NDArray[np.bool_]
     logprob: NDArray[np.float64]
 
     def exact(self, seed: int) -> Interval:
-        return bootstrap(self.right.all(axis=1).astype(float).tolist(), seed=seed)
+        return over_seeds(self.right.all(axis=-1).astype(float), seed)
 
     def smooth(self, seed: int) -> Interval:
-        return bootstrap(self.logprob.tolist(), seed=seed)
+        return over_seeds(self.logprob, seed)
 
     @property
     def expected(self) -> float:
-        """Share of whole answers that the digits' shares make, if they were independent."""
-        return float(self.right.mean(0).prod())
+        """Share of whole answers that the digits' shares make, were they independent: of each seed, then the mean."""
+        return float(self.right.mean(axis=1).prod(axis=-1).mean())
+
+    @property
+    def exact_of_seeds(self) -> list[float]:
+        return [float(share) for share in self.right.all(axis=-1).mean(axis=-1)]
+
+
+def over_seeds(values: NDArray[np.float64], seed: int) -> Interval:
+    """The mean of `(seeds, answers)`, its interval by a bootstrap of seeds and, of each, of answers: one model's are
+    alike."""
+    generator = np.random.default_rng(seed)
+    seeds, answers = values.shape
+    drawn = generator.integers(0, seeds, (RESAMPLES, seeds))
+    draws = [np.mean([values[at, generator.integers(0, answers, answers)].mean() for at in row]) for row in drawn]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def run(lab: Workbench) -> None:
@@ -84,16 +100,8 @@ def sums(generator: np.random.Generator, rows: int) -> Episodes:
 
 
 def rung(lab: Workbench, width: int) -> Rung:
-    model_config = ModelConfig(
-        vocab_size=12,
-        hidden_size=width,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=max(8, width // 2),
-        intermediate_size=2 * width,
-        context_length=2 * DIGITS + 2 + ANSWER,
-    )
+    length = 2 * DIGITS + 2 + ANSWER
+    model_config = ModelConfig(12, width, 2, 2, 2, max(8, width // 2), 2 * width, context_length=length)
     right, logprobs, parameters = [], [], 0
     for seed in lab.seeds():
         config = TrainingConfig(
@@ -111,7 +119,7 @@ def rung(lab: Workbench, width: int) -> Rung:
         logits = logits_of(model, test.inputs, QUESTIONS)[:, -ANSWER:].log_softmax(-1)
         right.append((logits.argmax(-1) == answers).numpy())
         logprobs.append(logits.gather(-1, answers[..., None])[..., 0].mean(1).double().numpy())
-    return Rung(parameters, np.concatenate(right), np.concatenate(logprobs))
+    return Rung(parameters, np.stack(right), np.stack(logprobs))
 
 
 def largest_step(values: list[float]) -> float:
@@ -131,18 +139,28 @@ def report(lab: Workbench, ladder: list[Rung]) -> None:
         [
             lab.say("매개변수", "parameters"),
             lab.say("답 전체", "whole answer"),
+            lab.say("씨앗마다", "of each seed"),
             lab.say("숫자에서 셈한 값", "expected of its digits"),
             lab.say("숫자 하나", "one digit"),
             lab.say("로그 확률", "log-probability"),
         ],
         [
-            [r.parameters, str(e), r.expected, float(r.right.mean()), str(s)]
+            [
+                r.parameters,
+                str(e),
+                " ".join(f"{share:.2f}" for share in r.exact_of_seeds),
+                r.expected,
+                float(r.right.mean()),
+                str(s),
+            ]
             for r, e, s in zip(ladder, exact, smooth, strict=True)
         ],
     )
     draw(lab, ladder, exact, smooth)
     sharp_step = largest_step([e.value for e in exact])
     smooth_step = largest_step([s.value for s in smooth])
+    still = [i for i, e in enumerate(exact) if e.value < STILL][-1:]  # the last size that hardly gets one right
+    hidden = (smooth[still[0]].value - smooth[0].value) / (smooth[-1].value - smooth[0].value) if still else 0.0
     gap = max(abs(r.expected - e.value) for r, e in zip(ladder, exact, strict=True))
     lab.number("largest step", {"whole answer": sharp_step, "log-probability": smooth_step})
     lab.number("largest gap between whole answers and what the digits make", gap)
@@ -158,8 +176,11 @@ def report(lab: Workbench, ladder: list[Rung]) -> None:
         lab.say("로그 확률로 재면 고르게 오른다", "By log-probability it comes gradually"),
         smooth_step < 0.5,
         lab.say(
-            f"가장 큰 걸음이 전체의 {smooth_step:.0%}입니다. {verdict(lab, sharp_step, smooth_step)}",
-            f"The largest step is {smooth_step:.0%} of the whole rise. {verdict(lab, sharp_step, smooth_step)}",
+            f"가장 큰 걸음이 전체의 {smooth_step:.0%}입니다. {verdict(lab, sharp_step, smooth_step)} 답 전체가 "
+            f"{STILL:.0%}도 맞지 않는 동안 로그 확률은 이미 전체의 {hidden:.0%}를 올랐습니다.",
+            f"The largest step is {smooth_step:.0%} of the whole rise. {verdict(lab, sharp_step, smooth_step)} While "
+            f"fewer than {STILL:.0%} of whole answers are right, the log-probability has made {hidden:.0%} of its "
+            "rise.",
         ),
     )
     lab.finding(
@@ -168,6 +189,21 @@ def report(lab: Workbench, ladder: list[Rung]) -> None:
         lab.say(
             f"숫자마다 따로 맞는다고 보고 곱한 값과의 차이가 가장 클 때 {gap:.3f}입니다.",
             f"What digits that are right independently would make differs from what was measured by at most {gap:.3f}.",
+        ),
+    )
+    widest = max(ladder, key=lambda r: max(r.exact_of_seeds) - min(r.exact_of_seeds))
+    low, high = min(widest.exact_of_seeds), max(widest.exact_of_seeds)
+    lab.finding(
+        lab.say(
+            "크기가 같으면 씨앗이 달라도 같이 된다 (10 %p 안)",
+            "Models of one size come equally far whatever the seed (within 10 points)",
+        ),
+        high - low < 0.1,
+        lab.say(
+            f"차이가 가장 큰 크기는 {widest.parameters:,}이고, 답 전체가 맞은 비율이 씨앗에 따라 {low:.2f}에서 "
+            f"{high:.2f}까지 갈립니다.",
+            f"They differ most at {widest.parameters:,} parameters, where the share of whole answers lies between "
+            f"{low:.2f} and {high:.2f} by seed.",
         ),
     )
 
@@ -180,9 +216,10 @@ def verdict(lab: Workbench, sharp_step: float, smooth_step: float) -> str:
         )
     if sharp_step > smooth_step:
         return lab.say(
-            "갑작스러움의 적어도 일부는 재는 법에서 옵니다.", "At least part of the suddenness comes from the measure."
+            f"같은 모델인데 답 전체로 재면 가장 큰 걸음이 {sharp_step:.0%}이니, 그 차이는 재는 법에서 옵니다.",
+            f"The same models step by {sharp_step:.0%} when whole answers count: the difference is the measure's.",
         )
-    return lab.say("어느 쪽으로 재도 갑작스럽지 않습니다.", "Neither measure shows anything sudden.")
+    return lab.say("답 전체로 재도 더 갑작스럽지 않습니다.", "Whole answers make it no more sudden.")
 
 
 def draw(lab: Workbench, ladder: list[Rung], exact: list[Interval], smooth: list[Interval]) -> None:
@@ -198,6 +235,10 @@ def draw(lab: Workbench, ladder: list[Rung], exact: list[Interval], smooth: list
             ax.set_xscale("log")
             ax.set_xlabel(lab.label("매개변수", "parameters"))
             ax.set_title(name, fontsize="medium")
+        for r in ladder:
+            for ax, dots in zip(axes[0], (r.exact_of_seeds, r.logprob.mean(axis=-1)), strict=True):
+                ax.plot([r.parameters] * len(dots), dots, ".", color="black", markersize=4, zorder=3)
+        axes[0, 0].plot([], [], ".", color="black", label=lab.label("씨앗 하나", "one seed"))
         axes[0, 0].plot(
             sizes, [r.expected for r in ladder], "s--", markersize=3, label=lab.label("숫자의 곱", "product of digits")
         )
