@@ -35,5 +35,5 @@ def _make(lab: Workbench) -> KoreanBase:
     config = TrainingConfig(
         steps=lab.size(STEPS, 5 * STEPS), batch_size=16, dtype=fast_dtype(), seed=lab.seed, evaluations=1
     )
-    trained = train_model(lab, "korean-base", transformer_config(VOCAB_SIZE, preset), config, dataset)
+    trained = train_model(lab, "korean-base", transformer_config(dataset.tokenizer.vocab_size, preset), config, dataset)
     return KoreanBase(lab.out / "runs" / "korean-base", dataset, trained.result)

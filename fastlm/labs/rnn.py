@@ -148,8 +148,23 @@ def step_times(lab: Workbench) -> dict[Kind, list[float]]:
         ],
     )
     ratios = {kind: values[-1] / found["transformer"][-1] for kind, values in found.items() if kind != "transformer"}
+    growth = {kind: values[-1] / values[-2] for kind, values in found.items()}
+    slowest = max(ratios, key=lambda kind: growth[kind])
     quickest = min(ratios, key=lambda kind: ratios[kind])
     lab.number(f"time at {LENGTHS[-1]} over the transformer's", ratios)
+    lab.finding(
+        lab.say(
+            f"{LENGTHS[-2]:,}에서 {LENGTHS[-1]:,}토큰으로 길어지면 트랜스포머가 더 많이 느려진다",
+            f"From {LENGTHS[-2]:,} to {LENGTHS[-1]:,} tokens the transformer slows down more",
+        ),
+        growth["transformer"] > growth[slowest],
+        lab.say(
+            f"트랜스포머는 {growth['transformer']:.1f}배, {slowest}는 {growth[slowest]:.1f}배가 됩니다. 순환 신경망의 "
+            "계산은 길이만큼, 어텐션의 계산은 길이의 제곱만큼 늡니다.",
+            f"The transformer takes {growth['transformer']:.1f} times as long, the {slowest} {growth[slowest]:.1f}. A "
+            "recurrent network's work grows with the length, attention's with its square.",
+        ),
+    )
     lab.finding(
         lab.say(
             f"길이 {LENGTHS[-1]:,}에서 트랜스포머가 가장 빠르다",
@@ -157,8 +172,10 @@ def step_times(lab: Workbench) -> dict[Kind, list[float]]:
         ),
         ratios[quickest] > 1,
         lab.say(
-            f"이 컴퓨터에서 가장 빠른 순환 신경망({quickest})은 트랜스포머의 {ratios[quickest]:.2f}배 걸립니다.",
-            f"On this machine the quickest other ({quickest}) takes {ratios[quickest]:.2f} times as long.",
+            f"이 컴퓨터에서 가장 빠른 순환 신경망({quickest})은 트랜스포머의 {ratios[quickest]:.2f}배 걸립니다. "
+            "한꺼번에 하는 이득은 나란히 계산할 코어가 많아야 납니다.",
+            f"On this machine the quickest other ({quickest}) takes {ratios[quickest]:.2f} times as long. Computing at "
+            "once pays with many cores that work side by side.",
         ),
     )
     return found

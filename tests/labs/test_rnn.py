@@ -39,5 +39,5 @@ def test_a_small_lab_says_each_of_its_claims(lab: Workbench, monkeypatch: pytest
     monkeypatch.setattr(rnn, "REVIEWS", 300)
     lab.begin(find_idea("rnn"))
     rnn.run(lab)
-    assert len(lab.result.findings) == 4 - len(lab.result.missing)
+    assert len(lab.result.findings) == 5 - len(lab.result.missing)
     assert [table.columns[2:4] for table in lab.result.tables[:1]] == [["k=1", "k=4"]]
