@@ -115,6 +115,7 @@ def _draw_tokens(logits: Tensor, rows: list[Row], order: str) -> list[int | None
         top_k=setting(lambda p: p.top_k or 0, 0, torch.int64),
         top_p=setting(lambda p: 1.0 if p.top_p is None else p.top_p, 1.0),
         min_p=setting(lambda p: p.min_p or 0.0, 0.0),
+        typical_p=setting(lambda p: 1.0 if p.typical_p is None else p.typical_p, 1.0),
         repetition_penalty=repetition,
         presence_penalty=presence,
         frequency_penalty=frequency,

@@ -19,7 +19,7 @@ class SamplingParams:
     Args:
         max_tokens: most tokens to generate.
         temperature: 0 takes the most probable token; above 1 flattens the distribution.
-        top_k, top_p, min_p: filters on the distribution; None leaves it whole.
+        top_k, top_p, min_p, typical_p: filters on the distribution; None leaves it whole.
         order: in which the filters apply, as in transformers ("hf") or vLLM, see `fastlm.ops.sample`.
         repetition_penalty: above 1, makes tokens of the prompt and the continuation less probable (Keskar et al. 2019).
         presence_penalty: subtracted from the logit of every token that the continuation has used.
@@ -47,6 +47,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
@@ -74,6 +75,8 @@ class SamplingParams:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             raise ConfigError(f"min_p must be between 0 and 1, not {self.min_p!r}")
+        if self.typical_p is not None and not 0.0 < self.typical_p <= 1.0:
+            raise ConfigError(f"typical_p must be above 0 and at most 1, not {self.typical_p!r}")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be a positive number, not {self.repetition_penalty!r}")
         for name in ("presence_penalty", "frequency_penalty"):

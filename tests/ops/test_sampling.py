@@ -110,6 +110,21 @@ def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dt
     torch.testing.assert_close(out.logprobs, raw.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("other", [{}, {"top_k": 40}, {"top_p": 0.95}])
+@pytest.mark.parametrize("typical_p", [0.2, 0.9, 0.999, 1.0])
+def test_typical_keeps_what_transformers_keeps(device, typical_p, other):
+    from transformers.generation import logits_process as hf
+
+    logits = torch.randn(32, 131, device=device).double().float() * 3
+    out = sample(logits, temperature=0.8, typical_p=typical_p, **other, return_logprobs=True, **seeds(32, device))
+    scores = warped(logits, 0.8, other.get("top_k", 0), other.get("top_p", 1.0), 0.0)
+    if typical_p < 1:
+        scores = hf.TypicalLogitsWarper(typical_p)(None, scores)
+    expected = scores.log_softmax(1)
+    at_ids = expected.gather(1, out.ids[:, None])[:, 0]
+    torch.testing.assert_close(out.processed_logprobs, at_ids, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.85}, {"min_p": 0.1, "top_p": 0.95}])
 def test_frequencies_of_draws_are_the_probabilities(backend, device, filters):
     draws = rows(backend, device, 80, 20_000)

@@ -57,6 +57,7 @@ def sample(
     num_logprobs: int = 0,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Setting | None = None,
 ) -> Sample:
     """Draws one token of each row. A row's draw depends on its logits, settings, seed and position alone.
 
@@ -75,6 +76,9 @@ def sample(
        1 or more keeps all. "All" are the tokens that top_k keeps and, when `order` is "vllm", that min_p keeps too.
        `min_p` keeps w >= min_p, w being 1 for the largest (Nguyen et al. 2024); 0 keeps all.
        "hf" applies top_k, top_p, min_p in this order, as transformers does; "vllm" min_p, top_k, top_p.
+       `typical_p`, last, keeps the tokens whose surprise -log p is nearest to the entropy of what is left, the fewest
+       that sum to typical_p of it, equals together (Meister et al. 2023, equation 10); 1 or more keeps all. It alone
+       may drop the largest logit.
     4. The draw. u in [0, 1) has 53 random bits: Philox4x32-10 (Salmon et al. 2011) with key (seed's low word, its high
        word) and counter (position's low word, its high word, 0, 0); the first two words are the bits, most significant
        first. The token is the first in the order of ids at which the running sum of kept weights exceeds u · their sum.
@@ -92,6 +96,7 @@ def sample(
         logit_bias: fp32, `(vocab_size,)` or `(batch, vocab_size)`.
         mask: `(batch, ceil(vocab_size / 32))` int32, a bit a token, the lowest of a word first: 1 where it is allowed,
             as grammar engines give it.
+        typical_p: a number, or `(batch,)` fp32. No backend but the reference serves it.
 
     Returns:
         `Sample`. No gradient.
@@ -119,6 +124,7 @@ def sample(
         num_logprobs,
         bias_rows(logit_bias, logits.shape[0], logits.shape[1], logits.device),
         checked_mask(mask, logits.shape[0], logits.shape[1], logits.device),
+        row_setting("typical_p", typical_p, logits, torch.float32, low=0.0),
     )
     return to_sample(outputs, return_logprobs, num_logprobs)
 
@@ -242,6 +248,7 @@ def _run(
     num_logprobs: int,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Tensor | None = None,
 ) -> Outputs:
     """The tensors of `Sample`; those that were not asked for have no elements."""
     if logits.stride(1) != 1:
@@ -264,6 +271,7 @@ def _run(
         num_logprobs=num_logprobs,
         logit_bias=logit_bias,
         mask=mask,
+        typical_p=typical_p,
     )
     return backend.sample(
         logits,
@@ -283,6 +291,7 @@ def _run(
         num_logprobs,
         logit_bias,
         mask,
+        *(() if typical_p is None else (typical_p,)),
     )
 
 
@@ -304,6 +313,7 @@ def _fake(
     num_logprobs: int,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Tensor | None = None,
 ) -> Outputs:
     batch = logits.shape[0]
     logprobs = logits.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
@@ -322,7 +332,8 @@ _sample = define_op(
     "sampling(Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, Tensor? prompt_ids, "
     "Tensor? output_ids, Tensor seed, Tensor position, bool min_p_first, bool return_logprobs, int num_logprobs, "
-    "Tensor? logit_bias=None, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? logit_bias=None, Tensor? mask=None, Tensor? typical_p=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -16,7 +16,9 @@ from fastlm.ops.sampling import reference
 DRAW = {torch.float32: "sample_float32", torch.bfloat16: "sample_bfloat16", torch.float16: "sample_float16"}
 
 
-def supports(logits: Tensor, **settings: Any) -> str | None:
+def supports(logits: Tensor, *, typical_p: Tensor | None = None, **settings: Any) -> str | None:
+    if typical_p is not None:
+        return "has no typical_p"
     if logits.shape[1] >= 2**31:
         return f"supports vocabularies under 2^31, not {logits.shape[1]}"
     return native_missing()

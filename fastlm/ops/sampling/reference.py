@@ -30,13 +30,14 @@ def sample(
     num_logprobs: int,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = logits.float()
     x = adjusted(raw, logit_bias, mask)
     x = penalized(x, repetition_penalty, presence_penalty, frequency_penalty, prompt_ids, output_ids)
     max_logit = x.amax(1)
     valid = ~x.isnan().any(1) & max_logit.isfinite() & _in_range(temperature, 0.0)
-    for setting, low in ((top_k, 0), (top_p, 0.0), (min_p, 0.0), (repetition_penalty, 1e-45)):
+    for setting, low in ((top_k, 0), (top_p, 0.0), (min_p, 0.0), (typical_p, 0.0), (repetition_penalty, 1e-45)):
         if setting is not None:
             valid &= _in_range(setting, low)
     for setting in (presence_penalty, frequency_penalty):
@@ -49,6 +50,8 @@ def sample(
     greedy = valid & (temperature == 0)
     divisor = torch.where(valid & ~greedy, temperature, torch.ones_like(temperature))
     kept, weights = filtered(x, divisor, top_k, top_p, min_p, min_p_first)
+    if typical_p is not None:
+        kept &= typical(weights * kept, typical_p)
     ids = inverse_cdf(weights * kept, uniform(seed, position))
     ids = torch.where(greedy, x.argmax(1), ids)
     ids = torch.where(valid, ids, torch.zeros_like(ids))
@@ -163,6 +166,20 @@ def filtered(
     if min_p is not None:
         kept &= weights >= min_p[:, None]
     return kept, weights
+
+
+def typical(weights: Tensor, typical_p: Tensor) -> Tensor:
+    """Which tokens `typical_p` keeps, `(batch, vocab_size)` bool, of weights that are 0 where others dropped them."""
+    shares = weights / weights.sum(1, keepdim=True)
+    surprise = -shares.log()
+    entropy = torch.where(shares > 0, shares * surprise, 0.0).sum(1, keepdim=True)
+    distance = (surprise - entropy).abs()
+    order = distance.argsort(dim=1, stable=True)
+    before = shares.gather(1, order).cumsum(1) - shares.gather(1, order)
+    inside = before < typical_p.double()[:, None]
+    inside[:, 0] = True
+    furthest = torch.where(inside, distance.gather(1, order), -torch.inf).amax(1, keepdim=True)
+    return (shares > 0) & ((distance <= furthest) | (typical_p[:, None] >= 1))
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:

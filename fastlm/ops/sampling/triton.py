@@ -47,7 +47,9 @@ ELEMENTS_PER_THREAD = 8  # in flight: 16 KB a multiprocessor in fp32; with 16, a
 CHUNK = tl.constexpr(128)  # tokens among which the draw searches last
 
 
-def supports(logits: Tensor, **kwargs: object) -> str | None:
+def supports(logits: Tensor, *, typical_p: Tensor | None = None, **kwargs: object) -> str | None:
+    if typical_p is not None:
+        return "has no typical_p"
     if logits.shape[1] > 2**30:
         return f"supports vocabularies up to 2^30, not {logits.shape[1]}"
     return None
