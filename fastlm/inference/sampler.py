@@ -38,13 +38,14 @@ def draw(logits: Tensor, rows: list[Row], eos_token_id: int | None) -> list[Draw
     """One draw a row of logits `(rows, vocab_size)`, by (seed, number of tokens generated before it)."""
     tokens: list[int | None] = [None] * len(rows)
     edited = _edit(logits, rows, eos_token_id)
-    for order in ("hf", "vllm"):
-        chosen = [i for i, row in enumerate(rows) if row.sequence.params.order == order]
-        if len(chosen) == len(rows):
-            tokens = _draw_tokens(edited, rows, order)
-        elif chosen:
-            for i, token in zip(chosen, _draw_tokens(edited[chosen], [rows[i] for i in chosen], order), strict=True):
-                tokens[i] = token
+    # Rows with typical_p are drawn by another backend: apart, so that they change no bit of the others' draws.
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.sequence.params.order, row.sequence.params.typical_p is not None), []).append(i)
+    for (order, _), chosen in groups.items():
+        part = edited if len(chosen) == len(rows) else edited[chosen]
+        for i, token in zip(chosen, _draw_tokens(part, [rows[i] for i in chosen], order), strict=True):
+            tokens[i] = token
     logprobs: dict[int, TokenLogprob] = {}
     wanted = [i for i, row in enumerate(rows) if row.sequence.params.logprobs is not None and tokens[i] is not None]
     if wanted:

@@ -12,7 +12,7 @@ from fastlm.inference import Engine, Piece, SamplingParams
 from fastlm.inference.paged_cache import PagedCache
 from fastlm.model import ModelConfig, Transformer, save_model
 from fastlm.ops import sample
-from fastlm.ops.sampling.reference import filtered, penalized, uniform
+from fastlm.ops.sampling.reference import filtered, penalized, typical, uniform
 from fastlm.tokenizer import Tokenizer
 from tests.inference.conftest import random_model
 
@@ -82,6 +82,7 @@ def expected_tokens(model: Transformer, tokenizer: Tokenizer, asked: Asked) -> l
                 seed=p.seed,
                 position=len(ids) - len(asked.prompt),
                 order=p.order,
+                typical_p=p.typical_p,
             )
             ids.append(int(drawn.ids))
             if ids[-1] == tokenizer.eos_token_id and not p.ignore_eos:
@@ -123,6 +124,8 @@ def assert_equal_or_tied(model: Transformer, asked: Asked, got: list[int], expec
         row(p.min_p or 0.0),
         p.order == "vllm",
     )
+    if p.typical_p is not None:
+        kept &= typical(weights * kept, row(p.typical_p))
     shares = (weights * kept)[0].cumsum(0)
     shares = torch.cat([torch.zeros(1, dtype=torch.float64), shares / shares[-1]])
     u = float(uniform(torch.tensor([p.seed]), torch.tensor([at])))
@@ -143,6 +146,7 @@ def random_requests(rng: random.Random, vocab_size: int, count: int) -> list[Ask
             top_k=rng.choice([None, None, 5, 50]),
             top_p=rng.choice([None, None, 0.5, 0.9]),
             min_p=rng.choice([None, None, None, 0.05]),
+            typical_p=rng.choice([None, None, None, 0.9]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
             presence_penalty=rng.choice([0.0, 0.0, 0.7]),
             frequency_penalty=rng.choice([0.0, 0.0, 0.4]),
