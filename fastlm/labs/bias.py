@@ -22,7 +22,7 @@ from fastlm.tokenizer import Tokenizer
 from fastlm.training import TrainingConfig
 
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9)
-ENDINGS, STEPS, VOCABULARY = 8, 320, 1024
+ENDINGS, STEPS, BATCH, VOCABULARY = 8, 180, 20, 1024
 Learned = dict[tuple[str, data.Kind, data.Language], list[float]]  # percent, a number for each seed
 
 
@@ -41,7 +41,7 @@ def train_on(lab: Workbench, name: str, sentences: Sequence[data.Sentence], toke
     dataset = prepare_documents(lab, name, [sentence.text for sentence in sentences], tokenizer=tokenizer)
     shape = ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, 32, 160, context_length=64, qk_norm=True)
     training = TrainingConfig(
-        steps=STEPS, batch_size=12, separate_documents=True, evaluations=0, checkpoint_seconds=1000, seed=seed
+        steps=STEPS, batch_size=BATCH, separate_documents=True, evaluations=0, checkpoint_seconds=1000, seed=seed
     )
     return LLM(train_model(lab, name, shape, training, dataset).model, tokenizer)
 

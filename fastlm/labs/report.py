@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -14,6 +15,7 @@ from rich.text import Text
 from fastlm._files import write_atomic
 from fastlm.labs.result import LabResult, Table, in_words
 
+NAME_WIDTH = 16  # cells of the first column that are not wrapped
 STYLE = """
 :root{color-scheme:light dark;--line:color-mix(in srgb,currentColor 18%,transparent)}
 body{font:16px/1.6 system-ui,"Apple SD Gothic Neo","Malgun Gothic","Noto Sans KR",sans-serif;max-width:56rem;
@@ -69,7 +71,10 @@ def _rich_table(table: Table) -> RichTable:
     shown = RichTable(title=Text(table.title, "bold"), title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
         numeric = all(not isinstance(row[i], str) for row in table.rows)
-        shown.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        widest = max(cell_len(in_words(row[i])) for row in table.rows) if table.rows and i == 0 else 0
+        shown.add_column(
+            Text(column), justify="right" if numeric else "left", overflow="fold", min_width=min(widest, NAME_WIDTH)
+        )
     for row in table.rows:
         shown.add_row(*[Text(in_words(cell)) for cell in row])
     return shown

@@ -21,8 +21,8 @@ from fastlm.labs.workbench import Workbench
 from fastlm.model import build_model
 from fastlm.training import TrainingConfig
 
-SYMBOLS = 16
-MARK, ASK = SYMBOLS, SYMBOLS + 1
+SYMBOLS = 16  # of noise, and as many others, of which one is to be remembered
+ASK = 2 * SYMBOLS
 DISTANCES = (1, 4, 16, 64, 256, 512)
 RECALL_STEPS, RECALL_ROWS, RECALL_QUESTIONS = 250, 24, 128
 LENGTHS = (64, 256, 1024, 4096)
@@ -54,13 +54,13 @@ def run(lab: Workbench) -> None:
 
 
 def puzzle(generator: np.random.Generator, rows: int, distance: int) -> Episodes:
-    """Noise, a mark, a symbol, noise; `distance` tokens after the symbol it is asked for."""
+    """Noise, a symbol that is not noise, noise; `distance` tokens after the symbol it is asked for."""
     before = int(generator.integers(0, 9))
-    ids = generator.integers(0, SYMBOLS, (rows, before + distance + 2))
-    ids[:, before] = MARK
+    ids = generator.integers(0, SYMBOLS, (rows, before + distance + 1))
+    ids[:, before] += SYMBOLS
     ids[:, -1] = ASK
     targets = np.full_like(ids, IGNORED)
-    targets[:, -1] = ids[:, before + 1]
+    targets[:, -1] = ids[:, before]
     return Episodes(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
@@ -69,7 +69,7 @@ def any_distance(generator: np.random.Generator, rows: int) -> Episodes:
 
 
 def recall(lab: Workbench) -> dict[Kind, list[Spread]]:
-    configs = matched(transformer(SYMBOLS + 2, 32, 1024))
+    configs = matched(transformer(ASK + 1, 32, 1024))
     found: dict[Kind, list[Spread]] = {}
     for kind, model_config in configs.items():
         shares: list[list[float]] = [[] for _ in DISTANCES]
