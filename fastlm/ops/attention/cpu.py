@@ -6,8 +6,8 @@ causal square, a single query row and the absence of any mask need none built; o
 seq_q × seq_k that all heads share. Sinks are applied to (out, lse) afterwards, and because the backward's weights are
 exp(logits - lse), handing it the corrected pair yields the corrected gradients.
 
-Where neither mask nor sinks nor lse is wanted from it, `direct` calls torch's function with its autograd in C++: our own
-registration around it would add 30 µs, more than a small attention takes.
+Where neither mask nor sinks nor lse is wanted from it, `direct` calls torch's function with its autograd in C++: our
+own registration around it would add 30 µs, more than a small attention takes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over whole sequences by `csrc/cpu/attention.cpp`, for processors with AVX-512.
 
-It computes in fp32 whatever the dtype, and needs no mask for windows or alignments. torch's own kernel makes its products
-by MKL, which on AMD's processors does without AVX-512, and in bf16 without AMX by way of many small conversions. Where
-AMX is there, bf16 is left to torch.
+It computes in fp32 whatever the dtype, and needs no mask for windows or alignments. torch's own kernel makes its
+products by MKL, which on AMD's processors does without AVX-512, and in bf16 without AMX by way of many small
+conversions. Where AMX is there, bf16 is left to torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 256
 
 
 def serves(q: Tensor, k: Tensor) -> bool:
-    """Whether this kernel is the one for q `(batch, seq_q, heads, head_dim)` and k, when nothing is added to the logits."""
+    """Whether this kernel is the one for q and k, `(batch, seq, heads, head_dim)`, when nothing is added to logits."""
     return (
         q.dtype in DTYPES
         and q.device.type == "cpu"
@@ -46,9 +46,7 @@ def _parts(t: Tensor) -> tuple[int, tuple[int, ...]]:
     return t.data_ptr(), t.stride()[:3]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
     """out like q, contiguous, and lse (batch, heads, seq_q). The last dimension of each input is contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
