@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastlm.ops import attention, explain
 from fastlm.ops.attention import cpu_native
+from tests.ops.guarded import guarded
 from tests.ops.helpers import assert_as_exact_as, poisoned_memory
 from tests.ops.test_attention import plain_attention, run, with_lse
 
@@ -92,6 +93,15 @@ def test_packed_sequences_equal_each_alone():
     offsets = torch.tensor([0, 600, 1200], dtype=torch.int32)
     packed = attention(*(t.flatten(0, 1) for t in (q, k, v)), **options, cu_seqlens_q=offsets)
     assert torch.equal(packed, attention(q, k, v, **options).flatten(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [20, 64, 72])
+def test_nothing_beyond_the_tensors_is_read(dtype, head_dim):
+    q, k, v, grad = (guarded(torch.randn(1, s, 1, head_dim).to(dtype)) for s in (67, 513, 513, 67))
+    out, lse = cpu_native.forward(q, k, v, True, None, 0.1)
+    grads = cpu_native.backward(grad, lse, q, k, v, guarded(out), guarded(lse), True, None, 0.1)
+    assert all(torch.isfinite(t).all() for t in (out, lse, *grads))
 
 
 def test_a_window_needs_no_mask_however_long_the_sequence(monkeypatch):
