@@ -6,6 +6,7 @@ namespace py = pybind11;
 
 namespace fastlm {
 
+void bind_cpu_attention(py::module_& m);
 void bind_cpu_decode_attention(py::module_& m);
 void bind_cpu_decoder(py::module_& m);
 void bind_cpu_fused(py::module_& m);
@@ -26,6 +27,7 @@ void bind_cpu(py::module_& m) {
             return d;
         },
         "Instruction sets that the kernels may use on this processor.");
+    bind_cpu_attention(m);
     bind_cpu_decode_attention(m);
     bind_cpu_decoder(m);
     bind_cpu_fused(m);

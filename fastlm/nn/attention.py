@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlm.nn.kv_cache import Cache
 from fastlm.nn.normalization import RMSNorm
+from fastlm.nn.projections import project
 from fastlm.ops import attention, rotary
 
 
@@ -110,4 +111,4 @@ class Attention(nn.Module):
             assert isinstance(out, Tensor)
         else:
             out = cache.attend(layer, q, k, v, window=self.window, softcap=self.softcap, scale=self.scale)
-        return self.o_proj(out.reshape(batch, seq, self.num_heads * self.head_dim))
+        return project(self.o_proj, out.reshape(batch, seq, self.num_heads * self.head_dim))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fastlm.ops import swiglu
+from fastlm.ops import _products, swiglu
 
 
 class SwiGLU(nn.Module):
@@ -59,7 +59,7 @@ class _GatedProjection(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, activation: Literal["silu", "gelu_tanh"]) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
-        return functional.linear(swiglu(gate, up, activation=activation), weight)
+        return _products.linear(swiglu(gate, up, activation=activation), weight)
 
     @staticmethod
     @once_differentiable
@@ -68,9 +68,11 @@ class _GatedProjection(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[2]:
             product = swiglu(gate, up, activation=ctx.activation)
-            grad_weight = grad_out.flatten(0, -2).t() @ product.flatten(0, -2)
+            grad_weight = _products.weight_gradient(grad_out.flatten(0, -2), product.flatten(0, -2))
             del product
-        grad_gate, grad_up = torch.ops.fastlm.swiglu_backward(grad_out @ weight, gate, up, ctx.activation)
+        grad_gate, grad_up = torch.ops.fastlm.swiglu_backward(
+            _products.input_gradient(grad_out, weight), gate, up, ctx.activation
+        )
         return grad_gate, grad_up, grad_weight, None
 
 

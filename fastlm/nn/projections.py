@@ -1,4 +1,4 @@
-"""A norm and the linear layers that read it, for training: what the norm gives is made again instead of being kept."""
+"""Linear layers in training. What the norm before them gives is made again on the way back instead of being kept."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from fastlm.nn.normalization import RMSNorm
-from fastlm.ops import rms_norm
+from fastlm.ops import _products, rms_norm
 
 
 def can_recompute(norm: nn.Module | None, *layers: nn.Module) -> bool:
@@ -48,7 +47,7 @@ class _NormAndProject(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not ctx.has_residual:
             ctx.mark_non_differentiable(h)
-        return h, *(functional.linear(y.to(weight.dtype), weight) for weight in weights)
+        return h, *(_products.linear(y.to(weight.dtype), weight) for weight in weights)
 
     @staticmethod
     @once_differentiable
@@ -63,11 +62,39 @@ class _NormAndProject(torch.autograd.Function):
                 grad_weights.append(None)
                 continue
             grad = grad.flatten(0, -2)
-            grad_weights.append(grad.t() @ rows if ctx.needs_input_grad[5 + i] else None)
-            grad_rows = grad @ weight if grad_rows is None else grad_rows.addmm_(grad, weight)
+            grad_weights.append(_products.weight_gradient(grad, rows) if ctx.needs_input_grad[5 + i] else None)
+            grad_rows = _products.add_input_gradient(grad_rows, grad, weight)
         if grad_rows is None:
             return grad_h, grad_h, *(None,) * (3 + len(weights))
         grad_y = grad_rows.view(h.shape).to(h.dtype)
         grad_x, grad_scale = torch.ops.fastlm.rms_norm_backward(grad_y, grad_h, h, scale, rstd, ctx.offset)
         grad_residual = grad_x if ctx.has_residual else None
         return grad_x, grad_residual, grad_scale, None, None, *grad_weights
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); of a plain linear layer that learns, by the faster of torch's products."""
+    learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not learns or type(layer) is not nn.Linear or layer.bias is not None:
+        out: Tensor = layer(x)
+        return out
+    if not _products.prefers_onednn(x.dtype, x.device) or torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    out = _Project.apply(x, layer.weight)
+    return out
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _products.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = _products.input_gradient(grad, weight) if needs_x else None
+        grad_weight = _products.weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if needs_weight else None
+        return grad_x, grad_weight

@@ -1,4 +1,4 @@
-"""Torch's own FlashAttention for CPUs behind our arguments.
+"""Our own kernel where it is the faster, see `cpu_native`; otherwise torch's own FlashAttention for CPUs.
 
 The aten op takes (batch, heads, seq, head_dim) by strides, so our layout costs a transpose of sizes and no copy. It
 reads grouped KV heads as they are and hands out the log-sum-exp that its backward asks for, so no logits are kept. A
@@ -6,8 +6,8 @@ causal square, a single query row and the absence of any mask need none built; o
 seq_q × seq_k that all heads share. Sinks are applied to (out, lse) afterwards, and because the backward's weights are
 exp(logits - lse), handing it the corrected pair yields the corrected gradients.
 
-Where neither mask nor sinks nor lse is wanted, `direct` calls torch's function with its autograd in C++: our own
-registration around it would add 30 µs, more than a small attention takes.
+Where neither mask nor sinks nor lse is wanted from it, `direct` calls torch's function with its autograd in C++: our
+own registration around it would add 30 µs, more than a small attention takes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention import reference
+from fastlm.ops.attention import cpu_native, reference
 from fastlm.ops.attention._arguments import per_sequence
 
 MAX_MASK_ELEMENTS = 2**24  # 64 MiB of fp32, a square of 4096
@@ -52,7 +52,9 @@ def supports(
         return f"supports fp32, bf16, fp16 and fp64, not {q.dtype}"
     if q.numel() == 0 or k.numel() == 0:
         return "needs at least one query and one key"
-    if cu_seqlens_q is None and bias is None and _shape_of_mask(q.shape[1], k.shape[1], causal, window) is not None:
+    if cu_seqlens_q is not None or bias is not None or cpu_native.serves(q, k):
+        return None
+    if _shape_of_mask(q.shape[1], k.shape[1], causal, window) is not None:
         elements = q.shape[1] * k.shape[1]
         if elements > MAX_MASK_ELEMENTS:
             return f"needs a mask of {elements} elements for this window or alignment, above {MAX_MASK_ELEMENTS}"
@@ -85,14 +87,26 @@ def _mask(q: Tensor, k: Tensor, causal: bool, window: int | None, bias: Tensor |
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sinks: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (batch, seq, heads, head_dim) and lse (batch, heads, seq) of one batch."""
-    square = causal and mask is None and q.shape[1] > 1
-    out, lse = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, square, attn_mask=mask, scale=scale)
-    out = out.transpose(1, 2)
-    if mask is not None:
-        lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
+    if bias is None and cpu_native.serves(q, k):
+        out, lse = cpu_native.forward(q, k, v, causal, window, scale)
+    else:
+        mask = _mask(q, k, causal, window, bias)
+        square = causal and mask is None and q.shape[1] > 1
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse = _flash(*heads_first, 0.0, square, attn_mask=mask, scale=scale)
+        out = out.transpose(1, 2)
+        if mask is not None:
+            lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
     if sinks is not None:
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         share = torch.exp(lse - total).masked_fill(lse == -torch.inf, 0.0)
@@ -108,10 +122,14 @@ def _attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
     causal: bool,
+    window: int | None,
+    bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if bias is None and cpu_native.serves(q, k):
+        return cpu_native.backward(grad_out, grad_lse, q, k, v, out, lse, causal, window, scale)
+    mask = _mask(q, k, causal, window, bias)
     square = causal and mask is None and q.shape[1] > 1
     if mask is not None:  # the aten op marks a row without a key by lse 0
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -156,6 +174,7 @@ def serves_directly(
         and k.numel() > 0
         and _shape_of_mask(q.shape[1], k.shape[1], causal, window) is None
         and not torch.is_autocast_enabled("cpu")
+        and not cpu_native.serves(q, k)
     )
 
 
@@ -190,7 +209,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        out, lse = _attend(q, k, v, _mask(q, k, causal, window, bias), causal, sinks, scale)
+        out, lse = _attend(q, k, v, causal, window, bias, sinks, scale)
         return out.contiguous(), lse.contiguous()
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -202,7 +221,7 @@ def forward(
             if sinks is not None:
                 lse[:, rows] = sinks.to(lse.dtype)[:, None]
             continue
-        its_out, its_lse = _attend(its_q, its_k, its_v, _mask(its_q, its_k, causal, window, None), causal, sinks, scale)
+        its_out, its_lse = _attend(its_q, its_k, its_v, causal, window, None, sinks, scale)
         out[rows], lse[:, rows] = its_out[0], its_lse[0]
     return out, lse
 
@@ -240,8 +259,7 @@ def backward(
         grad_sinks = reference.sinks_gradient(reference.row_delta(grad_out, grad_lse, out), lse, sinks).to(sinks.dtype)
     q, k, v, grad_out = (_rows_contiguous(t) for t in (q, k, v, grad_out))
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        mask = _mask(q, k, causal, window, bias)
-        grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, mask, causal, scale)
+        grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, causal, window, bias, scale)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), none, grad_sinks
     grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
     for rows, keys in per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
@@ -250,7 +268,7 @@ def backward(
             continue
         its_q_grad, its_k_grad, its_v_grad = _attend_backward(
             grad_out[None, rows], None if grad_lse is None else grad_lse[None, :, rows], its_q, its_k, its_v,
-            out[None, rows], lse[None, :, rows], _mask(its_q, its_k, causal, window, None), causal, scale,
+            out[None, rows], lse[None, :, rows], causal, window, None, scale,
         )  # fmt: skip
         grad_q[rows], grad_k[keys], grad_v[keys] = its_q_grad[0], its_k_grad[0], its_v_grad[0]
     return grad_q, grad_k, grad_v, none, grad_sinks

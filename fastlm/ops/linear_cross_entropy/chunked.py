@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastlm.ops import _products
+
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None]  # of the losses, the log-probabilities, the entropies
 # (logits chunk, targets, scales, losses, logprobs, entropy) -> None; the gradient overwrites the logits
 Kernel = Callable[[Tensor, Tensor, Scales, Tensor, Tensor, Tensor], None]
@@ -36,21 +38,29 @@ def token_losses(
     losses, logprobs, entropy = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
     grad_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=sum_dtype, device=weight.device)
-    logits = hidden.new_empty(min(chunk_size, tokens), weight.shape[0])
+    by_onednn = _products.by_onednn(hidden[:chunk_size], weight, weight.shape[0])  # which takes no `out`
+    logits = hidden.new_empty(0 if by_onednn else min(chunk_size, tokens), weight.shape[0])
     for start in range(0, tokens, chunk_size):
         rows = slice(start, start + chunk_size)
         chunk_hidden = hidden[rows]
-        chunk = logits[: chunk_hidden.shape[0]]
-        torch.mm(chunk_hidden, weight.t(), out=chunk)
+        if by_onednn:
+            chunk = _products.linear(chunk_hidden, weight)
+        else:
+            chunk = torch.mm(chunk_hidden, weight.t(), out=logits[: chunk_hidden.shape[0]])
         chunk_scales = (_rows(loss_scale, rows), _rows(logprob_scale, rows), _rows(entropy_scale, rows))
         kernel(chunk, targets[rows], chunk_scales, losses[rows], logprobs[rows], entropy[rows])
-        if needs_hidden:
+        if needs_hidden and by_onednn:
+            grad_hidden[rows] = _products.input_gradient(chunk, weight)
+        elif needs_hidden:
             torch.mm(chunk, weight, out=grad_hidden[rows])
         if needs_weight:
-            if sum_dtype == hidden.dtype:
+            if by_onednn:
+                grad_weight += _products.weight_gradient(chunk, chunk_hidden)
+            elif sum_dtype == hidden.dtype:
                 grad_weight.addmm_(chunk.t(), chunk_hidden)
             else:
                 grad_weight += torch.mm(chunk.t(), chunk_hidden)
+        del chunk  # before the next one is made
     return losses, logprobs, entropy, grad_hidden, grad_weight.to(weight.dtype)
 
 
