@@ -23,7 +23,7 @@ using Weights = std::tuple<std::string, Address, std::array<int64_t, 3>, Address
 using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, Address, Address>;
 using Table = std::tuple<Address, Address, int64_t>;  // cos, sin, positions
 
-template <class T>
+template <class T, class C>
 class Decoder {
    public:
     Decoder(int64_t hidden_size, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate_size,
@@ -45,7 +45,7 @@ class Decoder {
         require(window >= 0 && table >= -1, "window and table must not be negative");
         require((norms[1] == 0) == (norms[2] == 0), "queries and keys must both have a norm, or neither");
         require(table == -1 || shape.head_dim % 2 == 0, "head_dim must be even to be rotated");
-        cpu::DecoderLayer<T> layer{};
+        cpu::DecoderLayer<C> layer{};
         const float** to[] = {&layer.input_norm,     &layer.q_norm,   &layer.k_norm,
                               &layer.attention_norm, &layer.mlp_norm, &layer.output_norm};
         for (int i = 0; i < 6; ++i) *to[i] = optional_pointer<const float>(norms[i], "norm");
@@ -54,7 +54,7 @@ class Decoder {
         layer.gate = projection(weights[4], inner, hidden), layer.up = projection(weights[5], inner, hidden);
         layer.down = projection(weights[6], hidden, inner);
         layer.window = window, layer.table = table;
-        layer.keys = pointer<T>(keys, "keys"), layer.values = pointer<T>(values, "values");
+        layer.keys = pointer<C>(keys, "keys"), layer.values = pointer<C>(values, "values");
         decoder_.layers.push_back(layer);
     }
 
@@ -71,7 +71,7 @@ class Decoder {
             step.tables.push_back({pointer<const float>(cos, "cos"), pointer<const float>(sin, "sin")});
             length = std::min(length, its_length);
         }
-        for (const cpu::DecoderLayer<T>& layer : decoder_.layers) {
+        for (const cpu::DecoderLayer<C>& layer : decoder_.layers) {
             require(layer.table < static_cast<int64_t>(tables.size()), "a layer's rotary table is missing");
         }
         for (int64_t row = 0; row < rows; ++row) {
@@ -98,7 +98,7 @@ class Decoder {
     }
 
    private:
-    cpu::Decoder<T> decoder_;
+    cpu::Decoder<T, C> decoder_;
 
     static cpu::Projection projection(const Weights& weights, int64_t out_features, int64_t in_features) {
         const auto& [quantization, address, shape, bias] = weights;
@@ -120,22 +120,23 @@ class Decoder {
     }
 };
 
-template <class T>
+template <class T, class C>
 void bind(py::module_& m, const char* name) {
-    py::class_<Decoder<T>>(m, name, "All layers of a transformer over the few new tokens of a decoding step.")
+    py::class_<Decoder<T, C>>(m, name, "All layers of a transformer over the few new tokens of a decoding step.")
         .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, float, bool, Address>(),
              py::kw_only(), py::arg("hidden_size"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
              py::arg("intermediate_size"), py::arg("blocks"), py::arg("block_size"), py::arg("eps"), py::arg("scale"),
              py::arg("softcap"), py::arg("gelu"), py::arg("norm"))
-        .def("add_layer", &Decoder<T>::add_layer)
-        .def("run", &Decoder<T>::run);
+        .def("add_layer", &Decoder<T, C>::add_layer)
+        .def("run", &Decoder<T, C>::run);
 }
 
 }  // namespace
 
 void bind_cpu_decoder(py::module_& m) {
-    bind<float>(m, "DecoderFloat32");
-    bind<cpu::BFloat16>(m, "DecoderBFloat16");
+    bind<float, float>(m, "DecoderFloat32");
+    bind<float, cpu::Float16>(m, "DecoderFloat32CacheFloat16");
+    bind<cpu::BFloat16, cpu::BFloat16>(m, "DecoderBFloat16");
 }
 
 }  // namespace fastlm

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/decode_attention.hpp"
@@ -37,10 +38,25 @@ struct Add {
     }
 };
 
-template <class T>
+struct Convert {
+    template <class T, class C>
+    struct Args {
+        const T* from;
+        C* to;
+    };
+
+    template <class T, class C>
+    static FASTLM_INLINE void run(const Args<T, C>& args, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += kLanes) {
+            store_up_to(args.to + i, end - i, load_up_to(args.from + i, end - i));
+        }
+    }
+};
+
+template <class T, class C>
 class Run {
    public:
-    Run(const Decoder<T>& decoder, const DecoderStep<T>& step, int num_threads)
+    Run(const Decoder<T, C>& decoder, const DecoderStep<T>& step, int num_threads)
         : shape_(decoder.shape), step_(step), num_threads_(num_threads) {
         const int64_t q = shape_.heads * shape_.head_dim, kv = shape_.kv_heads * shape_.head_dim;
         const int64_t hidden = shape_.hidden_size, inner = shape_.intermediate_size;
@@ -55,7 +71,7 @@ class Run {
         std::memcpy(hidden_, step.hidden, step.rows * hidden * sizeof(T));
     }
 
-    void layer(const DecoderLayer<T>& layer) {
+    void layer(const DecoderLayer<C>& layer) {
         add_and_norm(layer.input_norm, hidden_, normed_);
         project(layer.q, normed_, q_), project(layer.k, normed_, k_), project(layer.v, normed_, v_);
         if (layer.q_norm) {
@@ -68,8 +84,8 @@ class Run {
         }
         const int64_t width = shape_.kv_heads * shape_.head_dim;
         for (int64_t row = 0; row < step_.rows; ++row) {
-            std::memcpy(layer.keys + step_.slots[row] * width, k_ + row * width, width * sizeof(T));
-            std::memcpy(layer.values + step_.slots[row] * width, v_ + row * width, width * sizeof(T));
+            keep(k_ + row * width, width, layer.keys + step_.slots[row] * width);
+            keep(v_ + row * width, width, layer.values + step_.slots[row] * width);
         }
         for (const DecoderGroup& group : step_.groups) attend(layer, group);
         project(layer.o, attended_, hidden_);
@@ -92,6 +108,14 @@ class Run {
     T *hidden_, *normed_, *stream_, *next_stream_, *q_, *normed_q_, *attended_, *k_, *normed_k_, *v_, *gate_, *up_,
         *activated_;
     bool has_stream_ = false;  // the first block has nothing to add to
+
+    static void keep(const T* from, int64_t width, C* to) {
+        if constexpr (std::is_same_v<T, C>) {
+            std::memcpy(to, from, width * sizeof(T));
+        } else {
+            run_best<Convert>(typename Convert::Args<T, C>{from, to}, 0, width);
+        }
+    }
 
     void project(const Projection& to, const T* x, T* y) const {
         if (to.quantization.empty()) {
@@ -135,7 +159,7 @@ class Run {
         norm(weight, hidden_, 1, shape_.hidden_size, normed_), std::swap(hidden_, normed_);
     }
 
-    void rotate(const DecoderLayer<T>& layer, const T* x, int64_t heads, T* y) const {
+    void rotate(const DecoderLayer<C>& layer, const T* x, int64_t heads, T* y) const {
         const RotaryTable& table = step_.tables[layer.table];
         const int64_t width = shape_.head_dim;
         rotary(Rotary<T>{x, 1, step_.rows, heads, width, 0, heads * width, width, table.cos, table.sin, width / 2,
@@ -143,13 +167,13 @@ class Run {
                num_threads_);
     }
 
-    void attend(const DecoderLayer<T>& layer, const DecoderGroup& group) const {
+    void attend(const DecoderLayer<C>& layer, const DecoderGroup& group) const {
         const int64_t heads = shape_.heads, kv_heads = shape_.kv_heads, width = shape_.head_dim, row = heads * width;
         const int64_t slot = kv_heads * width, block = shape_.block_size * slot, first = group.first_row * row;
         const DecodeShape shape{group.size,    group.query_len,   heads,           kv_heads, width,
                                 shape_.blocks, shape_.block_size, group.max_blocks};
         const DecodeStrides strides{group.query_len * row, row, width, block, slot, width, block, slot, width};
-        decode_attention(DecodeAttention<T>{shape, strides, kFloatType<T>, q_ + first, layer.keys, layer.values,
+        decode_attention(DecodeAttention<C>{shape, strides, kFloatType<T>, q_ + first, layer.keys, layer.values,
                                             group.block_table, group.context_lens, shape_.scale, layer.window,
                                             shape_.softcap, attended_ + first},
                          num_threads_);
@@ -166,14 +190,15 @@ class Run {
 
 }  // namespace
 
-template <class T>
-void Decoder<T>::run(const DecoderStep<T>& step, int num_threads) const {
-    Run<T> run(*this, step, num_threads);
-    for (const DecoderLayer<T>& layer : layers) run.layer(layer);
+template <class T, class C>
+void Decoder<T, C>::run(const DecoderStep<T>& step, int num_threads) const {
+    Run<T, C> run(*this, step, num_threads);
+    for (const DecoderLayer<C>& layer : layers) run.layer(layer);
     run.finish(norm);
 }
 
-template struct Decoder<float>;
-template struct Decoder<BFloat16>;
+template struct Decoder<float, float>;
+template struct Decoder<float, Float16>;
+template struct Decoder<BFloat16, BFloat16>;
 
 }  // namespace fastlm::cpu

@@ -24,14 +24,14 @@ struct Projection {
     const float* bias;  // may be null
 };
 
-// Norms hold their weights with the offset added, or are null where the layer has none.
-template <class T>
+// Norms hold their weights with the offset added, or are null where the layer has none. C: the cache's elements.
+template <class C>
 struct DecoderLayer {
     const float *input_norm, *q_norm, *k_norm, *attention_norm, *mlp_norm, *output_norm;
     Projection q, k, v, o, gate, up, down;
     int64_t window;   // 0: none
     int64_t table;    // which of the step's rotary tables; -1: no rotation
-    T *keys, *values;  // (blocks, block_size, kv_heads, head_dim), contiguous
+    C *keys, *values;  // (blocks, block_size, kv_heads, head_dim), contiguous
 };
 
 // `size` sequences of `query_len` new tokens each, whose rows follow each other from `first_row` on.
@@ -56,10 +56,10 @@ struct DecoderStep {
     T* out;  // (rows, hidden_size): hidden states, after the last norm
 };
 
-template <class T>
+template <class T, class C>
 struct Decoder {
     DecoderShape shape;
-    std::vector<DecoderLayer<T>> layers;
+    std::vector<DecoderLayer<C>> layers;
     const float* norm;
 
     void run(const DecoderStep<T>& step, int num_threads) const;

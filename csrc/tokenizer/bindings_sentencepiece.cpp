@@ -50,17 +50,44 @@ Parts parts_of(const py::list& list) {
     return parts;
 }
 
-// What building took is several times what is kept, and malloc would hold on to it.
-void give_back_memory(std::vector<std::pair<std::string, uint32_t>>& list) {
-    std::vector<std::pair<std::string, uint32_t>>().swap(list);
+// What building takes is several times what is kept, and malloc holds on to what is freed of it.
+void give_back_memory() {
 #ifdef __GLIBC__
     malloc_trim(0);
 #endif
 }
 
+// `pieces` gives (bytes, id), one at a time: a str would keep the UTF-8 that is asked of it, beside itself.
+std::vector<std::pair<std::string, uint32_t>> list_of(const py::iterable& pieces) {
+    std::vector<std::pair<std::string, uint32_t>> list;
+    for (const py::handle item : pieces) list.push_back(py::cast<std::pair<std::string, uint32_t>>(item));
+    return list;
+}
+
+// Pieces by id and ids by piece.
+class PieceTable {
+public:
+    explicit PieceTable(const py::iterable& pieces) : vocabulary_(list_of(pieces)) {}
+
+    std::optional<uint32_t> find(const py::bytes& piece) const {
+        const uint32_t id = vocabulary_.find(std::string_view(piece));
+        return id == Vocabulary::kNone ? std::nullopt : std::optional(id);
+    }
+
+    std::optional<py::bytes> piece(int64_t id) const {
+        if (id < 0 || id > kMaxId || !vocabulary_.has(static_cast<uint32_t>(id))) return std::nullopt;
+        const std::string_view bytes = vocabulary_.bytes(static_cast<uint32_t>(id));
+        return py::bytes(bytes.data(), bytes.size());
+    }
+
+    size_t num_ids() const { return vocabulary_.num_ids(); }
+
+private:
+    Vocabulary vocabulary_;
+};
+
 class SectionEncoder {
 public:
-    // `pieces` gives (bytes, id), one at a time: a str would keep the UTF-8 that is asked of it, beside itself.
     SectionEncoder(const py::iterable& pieces, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>& merges,
             const std::optional<std::vector<float>>& scores, const std::vector<std::optional<uint32_t>>& byte_ids,
             std::optional<uint32_t> unknown, bool fuse_unknown, bool space_is_meta, bool split_at_meta) {
@@ -73,8 +100,7 @@ public:
         options.split_at_meta = split_at_meta;
         const bool has_bytes = std::none_of(byte_ids.begin(), byte_ids.end(), [](const auto& id) { return !id; });
         if (!has_bytes && !unknown) throw py::value_error("there is neither an unknown token nor one for each byte");
-        std::vector<std::pair<std::string, uint32_t>> list;
-        for (const py::handle item : pieces) list.push_back(py::cast<std::pair<std::string, uint32_t>>(item));
+        const std::vector<std::pair<std::string, uint32_t>> list = list_of(pieces);
         if (merges.has_value() == scores.has_value()) throw py::value_error("give either merges or scores");
         const py::gil_scoped_release release;
         if (merges) {
@@ -82,7 +108,6 @@ public:
         } else {
             encoder_ = std::make_unique<SentencePieceEncoder>(list, *scores, options);
         }
-        give_back_memory(list);
     }
 
     py::list encode(const py::list& list) { return to_list(ids_of(parts_of(list))); }
@@ -132,30 +157,37 @@ private:
 
     // Ids repeat, and taking a reference is cheaper than making an int.
     py::list to_list(const IdBuffer& ids) {
-        if (ints_.empty()) {
-            ints_.reserve(encoder_->vocabulary().num_ids());
-            for (size_t id = 0; id < encoder_->vocabulary().num_ids(); ++id) ints_.emplace_back(py::int_(id));
-        }
+        ints_.resize(encoder_->num_ids());
         py::list list(ids.size());
         for (size_t i = 0; i < ids.size(); ++i) {
             const uint32_t id = ids.data()[i];
-            PyObject* value = id < ints_.size() ? ints_[id].inc_ref().ptr() : PyLong_FromUnsignedLong(id);
-            if (!value) throw py::error_already_set();
-            PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value);
+            py::object value = id < ints_.size() ? ints_[id] : py::object();
+            if (!value) {
+                value = py::int_(id);
+                if (id < ints_.size()) ints_[id] = value;
+            }
+            PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value.release().ptr());
         }
         return list;
     }
 
     std::unique_ptr<SentencePieceEncoder> encoder_;
-    std::vector<py::int_> ints_;
+    std::vector<py::object> ints_;  // by id, those that were given out before
 };
 
 }  // namespace
 }  // namespace tokenizer
 
 void bind_sentencepiece(py::module_& m) {
+    using tokenizer::PieceTable;
     using tokenizer::SectionEncoder;
     using py::arg;
+    py::class_<PieceTable>(m, "PieceTable", "Pieces, as bytes, by id and ids by piece.")
+        .def(py::init<const py::iterable&>(), arg("pieces"))
+        .def("find", &PieceTable::find, arg("piece"))
+        .def("piece", &PieceTable::piece, arg("id"))
+        .def("num_ids", &PieceTable::num_ids);
+    m.def("give_back_memory", &tokenizer::give_back_memory, "Returns what malloc holds unused to the system.");
     py::class_<SectionEncoder>(m, "SentencePieceEncoder", "SentencePiece's byte-pair encoding with a fixed vocabulary.")
         .def(py::init<const py::iterable&, const std::optional<std::vector<std::pair<uint32_t, uint32_t>>>&,
                       const std::optional<std::vector<float>>&, const std::vector<std::optional<uint32_t>>&,

@@ -22,7 +22,7 @@ public:
     // Empties the table and makes room for that many merges.
     void reset(size_t num_merges) {
         const size_t size = std::bit_ceil(std::max<size_t>(num_merges * 2, 16));
-        slots_.assign(size, Slot{});
+        slots_ = std::vector<Slot>(size);  // not assign, which would keep the room of a larger table
         mask_ = size - 1;
         shift_ = 64 - std::countr_zero(size);
         const size_t num_bits = std::bit_ceil(std::max<size_t>(num_merges * 8, 64));
@@ -50,6 +50,14 @@ public:
         for (size_t i = hash >> shift_;; i = (i + 1) & mask_) {
             if (slots_[i].key == wanted) return slots_[i].value;
             if (slots_[i].key == kEmpty) return kNone;
+        }
+    }
+
+    // Calls f(left, right, value) for each merge, in no order.
+    template <typename F>
+    void for_each(F&& f) const {
+        for (const Slot& slot : slots_) {
+            if (slot.key != kEmpty) f(static_cast<uint32_t>(slot.key >> 32), static_cast<uint32_t>(slot.key), slot.value);
         }
     }
 

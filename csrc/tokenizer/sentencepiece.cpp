@@ -81,29 +81,31 @@ struct SentencePieceEncoder::State {
 SentencePieceEncoder::SentencePieceEncoder(const std::vector<std::pair<std::string, uint32_t>>& pieces,
                                            const std::vector<std::pair<uint32_t, uint32_t>>& merges,
                                            const Options& options)
-    : vocabulary_(pieces), options_(options) {
+    : options_(options) {
+    const Vocabulary vocabulary(pieces);
     if (merges.size() >= UINT32_MAX) throw std::invalid_argument("there are too many merges");
     std::vector<Merge> list;
     list.reserve(merges.size());
     std::string joined;
     for (const auto& [left, right] : merges) {
         const auto number = static_cast<uint32_t>(list.size());
-        if (!vocabulary_.has(left) || !vocabulary_.has(right)) {
+        if (!vocabulary.has(left) || !vocabulary.has(right)) {
             throw std::invalid_argument("merge " + std::to_string(number) + " is of an id without a piece");
         }
-        joined.assign(vocabulary_.bytes(left)).append(vocabulary_.bytes(right));
-        const uint32_t result = vocabulary_.find(joined);
+        joined.assign(vocabulary.bytes(left)).append(vocabulary.bytes(right));
+        const uint32_t result = vocabulary.find(joined);
         if (result == kNone) {
             throw std::invalid_argument("merge " + std::to_string(number) + " makes something that is no piece");
         }
         list.push_back({left, right, number, result});
     }
-    build(list);
+    build(vocabulary, list);
 }
 
 SentencePieceEncoder::SentencePieceEncoder(const std::vector<std::pair<std::string, uint32_t>>& pieces,
                                            const std::vector<float>& scores, const Options& options)
-    : vocabulary_(pieces), options_(options) {
+    : options_(options) {
+    const Vocabulary vocabulary(pieces);
     if (scores.size() != pieces.size()) throw std::invalid_argument("there is not one score for each piece");
     std::vector<float> distinct(scores);
     for (const float score : scores) {
@@ -118,23 +120,24 @@ SentencePieceEncoder::SentencePieceEncoder(const std::vector<std::pair<std::stri
         const auto priority = static_cast<uint32_t>(place - distinct.begin());
         const std::string_view whole = piece;
         for (size_t cut = char_at(whole, 0).size; cut < whole.size(); cut += char_at(whole, cut).size) {
-            const uint32_t left = vocabulary_.find(whole.substr(0, cut));
+            const uint32_t left = vocabulary.find(whole.substr(0, cut));
             if (left == kNone) continue;
-            const uint32_t right = vocabulary_.find(whole.substr(cut));
+            const uint32_t right = vocabulary.find(whole.substr(cut));
             if (right != kNone) list.push_back({left, right, priority, id});
         }
     }
-    build(list);
+    build(vocabulary, list);
 }
 
 SentencePieceEncoder::~SentencePieceEncoder() = default;
 
-void SentencePieceEncoder::build(const std::vector<Merge>& merges) {
+void SentencePieceEncoder::build(const Vocabulary& vocabulary, const std::vector<Merge>& merges) {
+    num_ids_ = vocabulary.num_ids();
     bmp_.assign(0x10000, kNone);
     std::vector<uint32_t> ids;
-    for (uint32_t id = 0; id < vocabulary_.num_ids(); ++id) {
-        if (!vocabulary_.has(id)) continue;
-        const std::string_view piece = vocabulary_.bytes(id);
+    for (uint32_t id = 0; id < num_ids_; ++id) {
+        if (!vocabulary.has(id)) continue;
+        const std::string_view piece = vocabulary.bytes(id);
         const Char c = char_at(piece, 0);
         if (c.size == piece.size()) (c.code < 0x10000 ? bmp_[c.code] : astral_[c.code]) = id;
     }
@@ -145,12 +148,12 @@ void SentencePieceEncoder::build(const std::vector<Merge>& merges) {
     std::sort(by_result.begin(), by_result.end(), [](const Merge& a, const Merge& b) { return a.result < b.result; });
     State state;
     IdBuffer made;
-    std::vector<Merge>& used = reachable_;
+    std::vector<Merge> used;
     size_t num_joins = 0;
     for (size_t i = 0; i < by_result.size(); ++i) {
         if (i && by_result[i].result == by_result[i - 1].result) continue;
         const uint32_t result = by_result[i].result;
-        const std::string_view piece = vocabulary_.bytes(result);
+        const std::string_view piece = vocabulary.bytes(result);
         bool is_reachable = true;
         for (size_t at = 0; at < piece.size() && is_reachable;) {
             const Char c = char_at(piece, at);
@@ -172,7 +175,7 @@ void SentencePieceEncoder::build(const std::vector<Merge>& merges) {
     joins_.resize(std::bit_ceil(joins_.size()));
     join_mask_ = joins_.size() * 64 - 1;
     for (const Merge& merge : used) {
-        const std::string_view piece = vocabulary_.bytes(merge.result);
+        const std::string_view piece = vocabulary.bytes(merge.result);
         uint32_t previous = 0;
         for (size_t at = 0; at < piece.size();) {
             const Char c = char_at(piece, at);
@@ -191,9 +194,16 @@ void SentencePieceEncoder::build(const std::vector<Merge>& merges) {
 }
 
 std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> SentencePieceEncoder::reachable_merges() const {
+    std::vector<std::pair<Merged, uint64_t>> order;
+    merges_.for_each([&](uint32_t left, uint32_t right, Merged merged) {
+        order.emplace_back(merged, pair_of(left, right));
+    });
+    std::sort(order.begin(), order.end());
     std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> list;
-    list.reserve(reachable_.size());
-    for (const Merge& merge : reachable_) list.emplace_back(merge.left, merge.right, merge.priority);
+    list.reserve(order.size());
+    for (const auto& [merged, pair] : order) {
+        list.emplace_back(static_cast<uint32_t>(pair >> 32), static_cast<uint32_t>(pair), priority_of(merged));
+    }
     return list;
 }
 

@@ -53,9 +53,9 @@ public:
                          const Options& options);
     ~SentencePieceEncoder();
 
-    const Vocabulary& vocabulary() const { return vocabulary_; }
+    size_t num_ids() const { return num_ids_; }  // highest id + 1
 
-    // (left, right, priority) of the merges that can happen, in any order.
+    // (left, right, priority) of the merges that can happen, first first, equals by the id that they make.
     std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> reachable_merges() const;
 
     // Appends the ids of one section of valid UTF-8. Thread-safe. Throws std::length_error for a piece of 4 GiB.
@@ -70,7 +70,7 @@ private:
         uint32_t result;
     };
 
-    void build(const std::vector<Merge>& merges);
+    void build(const Vocabulary& vocabulary, const std::vector<Merge>& merges);
     void fill(const std::vector<Merge>& merges);
     uint32_t symbol(uint32_t code) const;
     bool is_meta(uint32_t code) const;
@@ -83,9 +83,8 @@ private:
     std::unique_ptr<State> borrow() const;
     void give_back(std::unique_ptr<State> state) const;
 
-    Vocabulary vocabulary_;
+    size_t num_ids_;
     Options options_;
-    std::vector<Merge> reachable_;
     PairTable<uint64_t> merges_;                       // priority << 32 | id of what the merge makes
     std::vector<uint32_t> bmp_;                        // piece of each character up to U+FFFF, or kNone
     std::unordered_map<uint32_t, uint32_t> astral_;    // and of those above

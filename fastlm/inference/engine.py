@@ -34,7 +34,7 @@ from fastlm.ops.decode_attention import MAX_QUERY_LEN
 from fastlm.tokenizer import Tokenizer
 
 PastContext = Literal["stop", "reread"]
-CPU_BATCH_TOKENS = 512  # a chunk this long already keeps the cores busy, and another request waits no longer for it
+CPU_BATCH_TOKENS = 256  # reading a prompt is no faster in longer parts, which take more memory
 GPU_BATCH_TOKENS = 8192
 NOT_FINITE = "the model's logits are not finite, or every token is forbidden"
 VOCABULARY_PADDING = 64  # published models round the rows of their embedding up to multiples of this or of more
@@ -73,7 +73,7 @@ class Engine:
         memory: bytes for keys and values. Default: what `max_sequences` of full length need, but at most a quarter of
             the free memory (on a GPU, four fifths of its free memory).
         block_size: tokens a block. A recurrent model has one block a sequence.
-        max_batch_tokens: most tokens a step computes. Default: 512 on a CPU, 8192 on a GPU.
+        max_batch_tokens: most tokens a step computes. Default: 256 on a CPU, 8192 on a GPU.
         max_sequences: most sequences that run at once.
         prefix_caching: keep the keys and values of finished requests, for those that begin alike.
         past_context: what happens when a sequence has as many tokens as the model's context. "stop" ends it with

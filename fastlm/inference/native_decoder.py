@@ -18,7 +18,11 @@ from fastlm.model import Transformer
 from fastlm.model.transformer import Block, Decoder
 from fastlm.nn import Attention, QuantizedEmbedding, QuantizedLinear, RMSNorm, SwiGLU
 
-CLASSES = {torch.float32: "DecoderFloat32", torch.bfloat16: "DecoderBFloat16"}
+CLASSES = {  # by dtype of the model and of the cache
+    (torch.float32, torch.float32): "DecoderFloat32",
+    (torch.float32, torch.float16): "DecoderFloat32CacheFloat16",
+    (torch.bfloat16, torch.bfloat16): "DecoderBFloat16",
+}
 MODULES = (
     Transformer, Decoder, nn.ModuleList, Block, Attention, SwiGLU, RMSNorm,
     nn.Linear, QuantizedLinear, nn.Embedding, QuantizedEmbedding,
@@ -40,7 +44,7 @@ class Group:
 def unsupported(model: Transformer) -> str | None:
     """Why the native decoder does not serve `model`, or None."""
     config = model.config
-    if model.output_weight.device.type != "cpu" or model.dtype not in CLASSES:
+    if model.output_weight.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
         return "runs fp32 and bf16 models on the CPU"
     if config.norm != "rms_norm" or not config.gated_mlp:
         return "knows RMSNorm and gated MLPs alone"
@@ -62,7 +66,7 @@ class NativeDecoder:
         self._model = model
         self._kept: list[Tensor] = [*keys, *values]  # what the native decoder holds addresses of
         scalar = config.head_dim if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
-        self._decoder = getattr(native(), CLASSES[model.dtype])(
+        self._decoder = getattr(native(), CLASSES[model.dtype, keys[0].dtype])(
             hidden_size=config.hidden_size,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,

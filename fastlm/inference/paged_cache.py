@@ -13,11 +13,19 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fastlm._core import native, native_missing
 from fastlm.inference.native_decoder import Group, NativeDecoder, unsupported
 from fastlm.inference.scheduler import Chunk
 from fastlm.model import Transformer
+from fastlm.nn import QuantizedLinear
 from fastlm.ops import attention, decode_attention
 from fastlm.ops.decode_attention import MAX_QUERY_LEN
+
+
+def cache_dtype(model: Transformer) -> torch.dtype:
+    """The model's; fp16 beside quantized weights, where it changes less than rounding activations to 8 bits does."""
+    is_quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return torch.float16 if is_quantized and model.dtype == torch.float32 else model.dtype
 
 
 class PagedCache:
@@ -27,14 +35,15 @@ class PagedCache:
     def __init__(self, model: Transformer, num_blocks: int, block_size: int) -> None:
         c = model.config
         shape, device = (num_blocks, block_size, c.num_kv_heads, c.head_dim), model.output_weight.device
-        self.keys = [torch.empty(shape, dtype=model.dtype, device=device) for _ in range(c.num_layers)]
+        dtype = cache_dtype(model)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(c.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self._native = NativeDecoder(model, self.keys, self.values) if unsupported(model) is None else None
 
     @staticmethod
     def bytes_per_block(model: Transformer, block_size: int) -> int:
         c = model.config
-        return 2 * c.num_layers * block_size * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        return 2 * c.num_layers * block_size * c.num_kv_heads * c.head_dim * cache_dtype(model).itemsize
 
     def hidden_states(self, model: Transformer, chunks: list[Chunk]) -> Tensor:
         """Computes the chunks, in their order: `(tokens, hidden_size)`."""
@@ -47,6 +56,8 @@ class PagedCache:
             hidden = self._native.hidden_states(ids, step.positions(0)[0], step.slots, step.groups, step.end(0))
         if hidden is None:
             hidden = model.hidden_states(ids[None], step)[0]
+        if step.prefills and native_missing() is None and any(chunk.reaches_end for chunk in chunks):
+            native().give_back_memory()  # of the layers' activations, which malloc would hold until the next prompt
         if order == list(range(len(chunks))):
             return hidden
         pieces = dict(zip(order, hidden.split([len(chunks[i].ids) for i in order]), strict=True))
@@ -139,7 +150,7 @@ class PagedStep:
         for prefill in self.prefills:
             rows = prefill.rows
             if prefill.start == 0:
-                its_keys, its_values = k[rows], v[rows]
+                its_keys, its_values = k[rows].to(keys.dtype), v[rows].to(values.dtype)  # as later chunks see them
             else:
                 its_keys, its_values = _gather(keys, prefill, window), _gather(values, prefill, window)
             its_out = attention(

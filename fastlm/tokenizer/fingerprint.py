@@ -23,9 +23,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     pattern = tokenizer.pattern
     add("fastlm tokenizer 1", *([pattern] if isinstance(pattern, str) else pattern))
     if isinstance(tokenizer, SentencePieceTokenizer):
+        scores = tokenizer.piece_scores
         add("pieces", len(tokenizer.pieces), repr(tokenizer.spaces), str(tokenizer.unknown), tokenizer.fuse_unknown)
         for piece, i in sorted(tokenizer.pieces.items(), key=lambda item: item[1]):
-            add(piece, i, repr((tokenizer.piece_scores or {}).get(piece)))
+            add(piece, i, repr(None if scores is None else scores.get(piece)))
         add("merges", -1 if tokenizer.piece_merges is None else len(tokenizer.piece_merges))
         for pair in tokenizer.piece_merges or ():
             add(*pair)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastlm._core import native
 from fastlm._gguf import GgufArray, GgufFile
 from fastlm.errors import CheckpointError, TokenizerError
 from fastlm.tokenizer.added_tokens import AddedToken, Settings
@@ -91,7 +92,9 @@ def load_gguf(path: str | Path, *, pattern: Pattern | None = None) -> Tokenizer:
         file = GgufFile(path, metadata_only=True)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from None
-    return _Vocabulary(file).tokenizer(pattern)
+    tokenizer = _Vocabulary(file).tokenizer(pattern)
+    native().give_back_memory()
+    return tokenizer
 
 
 class _Vocabulary:

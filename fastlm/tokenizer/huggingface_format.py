@@ -164,7 +164,7 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
 def _sentencepiece_model(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     merges = tokenizer.piece_merges
     pairs = tokenizer.reachable_merges() if merges is None else merges
-    model = _bpe(tokenizer.pieces | _added_ids(tokenizer), [list(pair) for pair in pairs])
+    model = _bpe({**tokenizer.pieces, **_added_ids(tokenizer)}, [list(pair) for pair in pairs])
     return model | {"unk_token": tokenizer.unknown, "fuse_unk": tokenizer.fuse_unknown, "byte_fallback": True}
 
 

@@ -16,6 +16,7 @@ from fastlm._core import native
 from fastlm.errors import TokenizerError
 from fastlm.tokenizer.added_tokens import Section, Settings
 from fastlm.tokenizer.merge_order import in_order
+from fastlm.tokenizer.piece_table import PieceTable, ScoreTable
 from fastlm.tokenizer.special_policy import MAX_ID
 from fastlm.tokenizer.streaming import DecodeStream
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -79,37 +80,38 @@ class SentencePieceTokenizer(Tokenizer):
         wrong = next((item for item in pieces.items() if not 0 <= item[1] <= MAX_ID), None)
         if wrong is not None:
             raise TokenizerError(f"{name}: the piece {wrong[0]!r:.60} has the id {wrong[1]}, not in 0 … {MAX_ID}")
-        self.pieces = dict(pieces)
         self.piece_merges = merges
-        self.piece_scores = scores
         self.unknown = unknown
         self.fuse_unknown = fuse_unknown
         self.spaces = spaces or SpaceRules()
         self.pattern = "sentencepiece"
         self.mergeable_ranks = {}
         self.merges = None
-        self._set_up(name, self.pieces.values(), special_tokens or {}, settings or Settings())
+        self._set_up(name, pieces.values(), special_tokens or {}, settings or Settings())
         self._is_direct = False
         self._unencodable = None
-        self._byte_ids = [self.pieces.get(token) for token in BYTE_TOKENS]
-        self._piece_of: list[str | None] = [None] * self.vocab_size
-        for piece, i in self.pieces.items():
-            self._piece_of[i] = piece
-        self._bytes_of = _BytesOf(self._piece_of)
+        self._byte_ids = [pieces.get(token) for token in BYTE_TOKENS]
+        self._native = self._build(pieces, scores)
+        try:
+            self.pieces = PieceTable(pieces)
+        except ValueError as error:
+            raise TokenizerError(f"{name}: this vocabulary cannot be used: {error}") from None
+        self.piece_scores = None if scores is None else ScoreTable(self.pieces, pieces, scores)
+        native().give_back_memory()
+        self._bytes_of = _BytesOf(self.pieces)
         self._bytes_of |= {t.id: self.settings.found_as(t).replace(META, " ").encode() for t in self.added_tokens}
         self._bytes_of |= {i: bytes([byte]) for byte, i in enumerate(self._byte_ids) if i is not None}
         self._finds_spaces = any(
             " " in token.content and self.pieces.get(token.content.replace(" ", META)) == token.id
             for token in self.added_tokens
         ) and not any(META in token.content for token in self.added_tokens)
-        self._native = self._build()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (
-            self.pieces,
+            dict(self.pieces),
             {
                 "merges": self.piece_merges,
-                "scores": self.piece_scores,
+                "scores": None if self.piece_scores is None else dict(self.piece_scores),
                 "unknown": self.unknown,
                 "fuse_unknown": self.fuse_unknown,
                 "spaces": self.spaces,
@@ -125,7 +127,8 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             TokenizerError: pieces have the same score, and no order of merges says the same.
         """
-        merges = [(self._piece_of[left], self._piece_of[right], rank) for left, right, rank in self._native.merges()]
+        of = self.pieces.piece
+        merges = [(of(left), of(right), rank) for left, right, rank in self._native.merges()]
         return in_order(merges)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -159,22 +162,22 @@ class SentencePieceTokenizer(Tokenizer):
         except KeyError:
             raise TokenizerError(f"id {id} at position 0 is not in the vocabulary") from None
 
-    def _build(self) -> Any:
-        pieces: Iterable[tuple[str, int]] = self.pieces.items()
+    def _build(self, ids: dict[str, int], all_scores: dict[str, float] | None) -> Any:
+        pieces: Iterable[tuple[str, int]] = ids.items()
         merges = scores = None
         bytes_of_pieces = {i for i in self._byte_ids if i is not None}
         try:
             if self.piece_merges is not None:
-                merges = [(self.pieces[left], self.pieces[right]) for left, right in self.piece_merges]
+                merges = [(ids[left], ids[right]) for left, right in self.piece_merges]
                 wrong = next((pair for pair in merges if bytes_of_pieces.intersection(pair)), None)
                 if wrong is not None:
                     raise TokenizerError(f"{self.name}: merges of a byte's token, {wrong}, are not supported")
-            elif self.piece_scores is not None:
-                pieces = [(piece, i) for piece, i in pieces if i not in bytes_of_pieces and piece in self.piece_scores]
-                scores = [self.piece_scores[piece] for piece, _ in pieces]
+            elif all_scores is not None:
+                pieces = [(piece, i) for piece, i in pieces if i not in bytes_of_pieces and piece in all_scores]
+                scores = [all_scores[piece] for piece, _ in pieces]
         except KeyError as error:
             raise TokenizerError(f"{self.name}: merges use {error}, which is no piece") from None
-        unknown = None if self.unknown is None else self.pieces.get(self.unknown)
+        unknown = None if self.unknown is None else ids.get(self.unknown)
         try:
             return native().SentencePieceEncoder(
                 ((piece.encode(), i) for piece, i in pieces),
@@ -241,7 +244,7 @@ class SentencePieceTokenizer(Tokenizer):
                 while self.fuse_unknown and at < len(text) and self._is_unknown(text[at]):
                     at += 1
             else:
-                at += len(self._piece_of[i])
+                at += len(self.pieces.piece(i) or "")
         return ids, offsets
 
     def _is_unknown(self, char: str) -> bool:
@@ -267,12 +270,12 @@ class SentencePieceTokenizer(Tokenizer):
 class _BytesOf(dict[int, bytes]):
     """The bytes of each id, made when they are first asked for: a quarter of a million would take 20 MB."""
 
-    def __init__(self, piece_of: list[str | None]) -> None:
+    def __init__(self, pieces: PieceTable) -> None:
         super().__init__()
-        self.piece_of = piece_of
+        self.pieces = pieces
 
     def __missing__(self, i: int) -> bytes:
-        piece = self.piece_of[i] if 0 <= i < len(self.piece_of) else None
+        piece = self.pieces.piece(i)
         if piece is None:
             raise KeyError(i)
         found = self[i] = piece.replace(META, " ").encode()
