@@ -91,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._is_direct = False
         self._unencodable = None
         self._byte_ids = [pieces.get(token) for token in BYTE_TOKENS]
-        self._native = self._build(pieces, scores)
+        self._native = self._encoder(pieces, scores)
         try:
             self.pieces = PieceTable(pieces)
         except ValueError as error:
@@ -127,7 +127,7 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
             TokenizerError: pieces have the same score, and no order of merges says the same.
         """
-        of = self.pieces.piece
+        of: Any = self.pieces.piece
         merges = [(of(left), of(right), rank) for left, right, rank in self._native.merges()]
         return in_order(merges)
 
@@ -162,7 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
         except KeyError:
             raise TokenizerError(f"id {id} at position 0 is not in the vocabulary") from None
 
-    def _build(self, ids: dict[str, int], all_scores: dict[str, float] | None) -> Any:
+    def _encoder(self, ids: dict[str, int], all_scores: dict[str, float] | None) -> Any:
         pieces: Iterable[tuple[str, int]] = ids.items()
         merges = scores = None
         bytes_of_pieces = {i for i in self._byte_ids if i is not None}
