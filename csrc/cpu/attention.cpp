@@ -26,6 +26,7 @@ constexpr int64_t kTile = 64;       // queries whose logits are made together
 constexpr int64_t kBlock = 512;     // keys of them
 constexpr int64_t kStrip = 64;      // keys that lie together: the columns of a product in registers
 constexpr int64_t kQueries = 512;   // that share a block of keys once it is laid out
+constexpr int64_t kPackedItems = 4;  // heads of packed sequences that a thread takes at a time
 constexpr int64_t kKept = 1 << 20;  // floats of scratch that a thread keeps between calls
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -212,7 +213,8 @@ struct Forward {
             const float inverse = total[row] > 0 ? 1.0f / total[row] : total[row];  // 0 of no key, and NaN, stay
             float* sum = sums + row * padded;
             for (int64_t i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * inverse);
-            call.lse[(batch * shape.heads + head) * shape.seq_q + first + row] = max[row] + std::log(total[row]);
+            const int64_t at = batch * call.lse_batch_stride + head * call.lse_head_stride + first + row;
+            call.lse[at] = max[row] + std::log(total[row]);
         }
         write_rows(sums, last - first, head_dim, call.out.rows(batch, head).from(first));
     }
@@ -320,7 +322,7 @@ struct Backward {
         copy_rows(call.q.rows(batch, head).from(tile), count, all, head_dim, 1.0f, queries);
         copy_rows(its_grad_out, count, all, head_dim, 1.0f, grad_out);
         std::memset(grad_q, 0, all * padded * sizeof(float));
-        const int64_t at = (batch * call.shape.heads + head) * call.shape.seq_q + tile;
+        const int64_t at = batch * call.lse_batch_stride + head * call.lse_head_stride + tile;
         for (int64_t row = 0; row < count; ++row) {
             lse[row] = call.lse[at + row];
             delta[row] = dot(its_grad_out[row], out[row], head_dim) - (call.grad_lse ? call.grad_lse[at + row] : 0.0f);
@@ -351,6 +353,71 @@ struct Backward {
     }
 };
 
+template <class Call>
+struct Packed {
+    const Call& call;
+    const std::vector<Sequence>& sequences;
+};
+
+template <class T>
+void move(Heads<T>& heads, int64_t rows) {
+    heads.data += rows * heads.seq_stride;
+}
+
+template <class T>
+AttentionForward<T> part(AttentionForward<T> call, const Sequence& sequence) {
+    call.shape.seq_q = sequence.seq_q, call.shape.seq_k = sequence.seq_k;
+    move(call.q, sequence.first_q), move(call.out, sequence.first_q);
+    move(call.k, sequence.first_k), move(call.v, sequence.first_k);
+    call.lse += sequence.first_q;
+    return call;
+}
+
+template <class T>
+AttentionBackward<T> part(AttentionBackward<T> call, const Sequence& sequence) {
+    call.shape.seq_q = sequence.seq_q, call.shape.seq_k = sequence.seq_k;
+    move(call.q, sequence.first_q), move(call.out, sequence.first_q);
+    move(call.grad_out, sequence.first_q), move(call.grad_q, sequence.first_q);
+    move(call.k, sequence.first_k), move(call.v, sequence.first_k);
+    move(call.grad_k, sequence.first_k), move(call.grad_v, sequence.first_k);
+    call.lse += sequence.first_q;
+    if (call.grad_lse) call.grad_lse += sequence.first_q;
+    return call;
+}
+
+struct PackedForward {
+    template <class T>
+    static FASTLM_INLINE void run(const Packed<AttentionForward<T>>& packed, int64_t begin, int64_t end) {
+        const int64_t heads = packed.call.shape.heads;
+        Forward forward(packed.call.shape.head_dim);
+        for (int64_t item = begin; item < end; ++item) {
+            const Sequence& sequence = packed.sequences[item / heads];
+            if (sequence.seq_k == 0) continue;
+            const AttentionForward<T> call = part(packed.call, sequence);
+            for (int64_t first = 0; first < sequence.seq_q; first += kQueries) {
+                forward.attend(call, 0, item % heads, first, std::min(first + kQueries, sequence.seq_q));
+            }
+        }
+    }
+};
+
+struct PackedBackward {
+    template <class T>
+    static FASTLM_INLINE void run(const Packed<AttentionBackward<T>>& packed, int64_t begin, int64_t end) {
+        const int64_t kv_heads = packed.call.shape.kv_heads;
+        AttentionShape longest = packed.call.shape;
+        longest.seq_k = 0;
+        for (const Sequence& sequence : packed.sequences) longest.seq_k = std::max(longest.seq_k, sequence.seq_k);
+        Backward backward(longest);
+        for (int64_t item = begin; item < end; ++item) {
+            const Sequence& sequence = packed.sequences[item / kv_heads];
+            if (sequence.seq_q == 0 || sequence.seq_k == 0) continue;
+            backward.length = round_up(sequence.seq_k, kStrip);
+            backward.attend(part(packed.call, sequence), 0, item % kv_heads);
+        }
+    }
+};
+
 }  // namespace
 
 template <class T>
@@ -365,9 +432,25 @@ void attention_backward(const AttentionBackward<T>& call, int num_threads) {
     run_parallel<Backward>(call, call.shape.batch * call.shape.kv_heads, 1, num_threads);
 }
 
+template <class T>
+void attention_forward(const AttentionForward<T>& call, const std::vector<Sequence>& sequences, int num_threads) {
+    const auto items = static_cast<int64_t>(sequences.size()) * call.shape.heads;
+    run_parallel<PackedForward>(Packed<AttentionForward<T>>{call, sequences}, items, kPackedItems, num_threads);
+}
+
+template <class T>
+void attention_backward(const AttentionBackward<T>& call, const std::vector<Sequence>& sequences, int num_threads) {
+    const auto items = static_cast<int64_t>(sequences.size()) * call.shape.kv_heads;
+    run_parallel<PackedBackward>(Packed<AttentionBackward<T>>{call, sequences}, items, kPackedItems, num_threads);
+}
+
 template void attention_forward(const AttentionForward<float>&, int);
 template void attention_forward(const AttentionForward<BFloat16>&, int);
 template void attention_backward(const AttentionBackward<float>&, int);
 template void attention_backward(const AttentionBackward<BFloat16>&, int);
+template void attention_forward(const AttentionForward<float>&, const std::vector<Sequence>&, int);
+template void attention_forward(const AttentionForward<BFloat16>&, const std::vector<Sequence>&, int);
+template void attention_backward(const AttentionBackward<float>&, const std::vector<Sequence>&, int);
+template void attention_backward(const AttentionBackward<BFloat16>&, const std::vector<Sequence>&, int);
 
 }  // namespace fastlm::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/vector16.hpp"
 
@@ -42,14 +43,16 @@ struct AttentionForward {
     AttentionShape shape;
     Heads<const T> q, k, v;
     Heads<T> out;
-    float* lse;  // (batch, heads, seq_q), contiguous
+    float* lse;  // of query i of a head at batch * lse_batch_stride + head * lse_head_stride + i
+    int64_t lse_batch_stride, lse_head_stride;
 };
 
 template <class T>
 struct AttentionBackward {
     AttentionShape shape;
     Heads<const T> q, k, v, out, grad_out;
-    const float *lse, *grad_lse;  // (batch, heads, seq_q), contiguous; grad_lse may be null
+    const float *lse, *grad_lse;  // strides as forward; grad_lse may be null
+    int64_t lse_batch_stride, lse_head_stride;
     Heads<T> grad_q, grad_k, grad_v;
 };
 
@@ -57,5 +60,16 @@ template <class T>
 void attention_forward(const AttentionForward<T>& call, int num_threads);
 template <class T>
 void attention_backward(const AttentionBackward<T>& call, int num_threads);
+
+// A sequence among those that lie one after another in a batch of one: its first query and key, and how many it has.
+struct Sequence {
+    int64_t first_q, seq_q, first_k, seq_k;
+};
+
+// Each sequence by itself. What belongs to a sequence without queries or without keys is left as it is.
+template <class T>
+void attention_forward(const AttentionForward<T>& call, const std::vector<Sequence>& sequences, int num_threads);
+template <class T>
+void attention_backward(const AttentionBackward<T>& call, const std::vector<Sequence>& sequences, int num_threads);
 
 }  // namespace fastlm::cpu

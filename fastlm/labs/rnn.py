@@ -24,7 +24,7 @@ from fastlm.training import TrainingConfig
 SYMBOLS = 16  # of noise, and as many others, of which one is to be remembered
 ASK = 2 * SYMBOLS
 DISTANCES = (1, 4, 16, 64, 256, 512)
-RECALL_STEPS, RECALL_ROWS, RECALL_QUESTIONS = 250, 24, 128
+RECALL_STEPS, RECALL_ROWS, RECALL_QUESTIONS = 260, 24, 128
 LENGTHS = (64, 256, 1024, 4096)
 TIMED_RUNS = 3
 REVIEWS, TEXT_VOCAB, TEXT_CONTEXT = 12_000, 512, 64

@@ -21,8 +21,8 @@ from fastlm.training.examples import Labelled
 LABELS = ("나쁨", "좋음")
 SIZES = (200, 1000, 5000)  # labelled examples
 SIZES_FULL = (200, 1000, 5000, 20_000, 60_000)
-VALID = 600
-STEPS, BATCH, MAX_LENGTH = 80, 32, 48
+VALID = 500
+STEPS, BATCH, MAX_LENGTH = 50, 32, 40
 RATE, LORA_RATE = 0.003, 0.006
 RANK = 8
 

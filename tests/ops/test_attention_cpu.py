@@ -3,6 +3,7 @@ test_attention.py."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -93,6 +94,76 @@ def test_packed_sequences_equal_each_alone():
     offsets = torch.tensor([0, 600, 1200], dtype=torch.int32)
     packed = attention(*(t.flatten(0, 1) for t in (q, k, v)), **options, cu_seqlens_q=offsets)
     assert torch.equal(packed, attention(q, k, v, **options).flatten(0, 1))
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {},
+    "window": {"causal": True, "window": 5},
+    "sinks": {"causal": True, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_sequences_of_every_length_match_float64(case, dtype):
+    """From none to more tokens than a block; without queries, without keys; tokens of no sequence at the end."""
+    if not cpu_native._is_fast(dtype):
+        pytest.skip("AMX serves bf16 here")
+    lengths_q, lengths_k = [3, 0, 1, 70, 17, 5, 600], [3, 2, 1, 70, 40, 0, 600]
+    options: dict[str, Any] = dict(PACKED[case])
+    heads = 4
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads).to(dtype)
+    q = torch.randn(sum(lengths_q) + 2, heads, 24).to(dtype)
+    k, v = (torch.randn(sum(lengths_k) + 3, 2, 24).to(dtype) for _ in range(2))
+    cu_seqlens = {
+        f"cu_seqlens_{name}": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        for name, lengths in (("q", lengths_q), ("k", lengths_k))
+    }
+    grads = [torch.randn(q.shape).to(dtype), torch.zeros(heads, q.shape[0])]
+    assert cpu_native.serves_packed(q, k)
+    with poisoned_memory():
+        ours = run(with_lse, (q, k, v), {**options, **cu_seqlens}, grads)
+    at_q = at_k = 0
+    for seq_q, seq_k in zip(lengths_q, lengths_k, strict=True):
+        rows, keys = slice(at_q, at_q + seq_q), slice(at_k, at_k + seq_k)
+        at_q, at_k = rows.stop, keys.stop
+        if seq_q == 0 or seq_k == 0:
+            assert not ours[0][rows].any()
+            assert not ours[2][rows].any()
+            assert not ours[3][keys].any()
+            assert not ours[4][keys].any()
+            continue
+        its = [q[None, rows], k[None, keys], v[None, keys]]
+        its_grads = [grads[0][None, rows], grads[1][None, :, rows]]
+        plain = run(plain_attention, its, options, its_grads)
+        exact = run(plain_attention, its, options, its_grads, torch.float64)
+        mine = [
+            ours[0][None, rows],
+            ours[1][None, :, rows],
+            ours[2][None, rows],
+            ours[3][None, keys],
+            ours[4][None, keys],
+        ]
+        for a, b, c in zip(mine, plain, exact, strict=False):
+            if not c.any():  # of one key, whose weight cannot change
+                assert a.abs().max() < 8 * torch.finfo(dtype).eps
+            elif not c.isinf().any():
+                assert_as_exact_as(a, b, c, floor=1e-6 if dtype == torch.float32 else 1e-3)
+    for tensor, used in ((ours[0], at_q), (ours[2], at_q), (ours[3], at_k), (ours[4], at_k)):
+        assert not tensor[used:].any()
+
+
+def test_spans_that_leave_a_tensor_are_refused_before_it_is_read():
+    q = torch.randn(1, 8, 1, 16)
+    for span in ((0, 9, 0, 8), (-1, 3, 0, 3), (5, 3, 0, 3), (0, 3, 7, 2**62), (0, 3, -(2**62), 3)):
+        with pytest.raises(ValueError, match="leave the tensor"):
+            cpu_native.forward(q, q, q, True, None, 1.0, [span])
+    with pytest.raises(ValueError, match="batch of one"):
+        cpu_native.forward(
+            q.view(2, 4, 1, 16), q.view(2, 4, 1, 16), q.view(2, 4, 1, 16), True, None, 1.0, [(0, 4, 0, 4)]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -107,11 +107,26 @@ def _attend(
         out = out.transpose(1, 2)
         if mask is not None:
             lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
-    if sinks is not None:
-        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        share = torch.exp(lse - total).masked_fill(lse == -torch.inf, 0.0)
-        out, lse = out * share.transpose(1, 2)[..., None].to(out.dtype), total
-    return out, lse
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """out (batch, seq, heads, head_dim) and lse (batch, heads, seq), with a sink of each head among the weights."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = torch.exp(lse - total).masked_fill(lse == -torch.inf, 0.0)
+    return out * share.transpose(1, 2)[..., None].to(out.dtype), total
+
+
+def _spans(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> cpu_native.Spans:
+    pairs = per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return [(rows.start, rows.stop, keys.start, keys.stop) for rows, keys in pairs]
 
 
 def _attend_backward(
@@ -211,6 +226,14 @@ def forward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         out, lse = _attend(q, k, v, causal, window, bias, sinks, scale)
         return out.contiguous(), lse.contiguous()
+    if cpu_native.serves_packed(q, k):
+        spans = _spans(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = cpu_native.forward(q[None], k[None], v[None], causal, window, scale, spans)
+        if sinks is not None:
+            out, lse = _with_sinks(out, lse, sinks)
+            first, last = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+            lse[..., :first] = lse[..., last:] = -torch.inf  # tokens of no sequence
+        return out[0], lse[0]
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, keys in per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
@@ -261,6 +284,13 @@ def backward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, causal, window, bias, scale)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), none, grad_sinks
+    if cpu_native.serves_packed(q, k):
+        spans = _spans(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        grads = cpu_native.backward(
+            grad_out[None], None if grad_lse is None else grad_lse[None], q[None], k[None], v[None], out[None],
+            lse[None], causal, window, scale, spans,
+        )  # fmt: skip
+        return grads[0][0], grads[1][0], grads[2][0], none, grad_sinks
     grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
     for rows, keys in per_sequence(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         its_q, its_k, its_v = q[None, rows], k[None, keys], v[None, keys]

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastlm._core import native, native_missing
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+Spans = list[tuple[int, int, int, int]]  # first query, end, first key, end
+
 MIN_LOGITS = 64 * 64  # a head; below, the call itself takes the time. A batch has no say: rows keep their bits in any
 MAX_HEAD_DIM = 256
 
@@ -27,6 +29,17 @@ def serves(q: Tensor, k: Tensor) -> bool:
         and q.shape[1] * k.shape[1] >= MIN_LOGITS
         and q.shape[3] <= MAX_HEAD_DIM
         and q.shape[0] * q.shape[2] > 0
+        and _is_fast(q.dtype)
+    )
+
+
+def serves_packed(q: Tensor, k: Tensor) -> bool:
+    """The same for packed sequences, `(tokens, heads, head_dim)`, whatever their lengths: one call serves them all."""
+    return (
+        q.dtype in DTYPES
+        and q.device.type == "cpu"
+        and q.shape[2] <= MAX_HEAD_DIM
+        and 0 not in (q.shape[0], k.shape[0], q.shape[1])
         and _is_fast(q.dtype)
     )
 
@@ -46,14 +59,22 @@ def _parts(t: Tensor) -> tuple[int, tuple[int, ...]]:
     return t.data_ptr(), t.stride()[:3]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
-    """out like q, contiguous, and lse (batch, heads, seq_q). The last dimension of each input is contiguous."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, spans: Spans | None = None
+) -> tuple[Tensor, Tensor]:
+    """out like q, contiguous, and lse (batch, heads, seq_q). The last dimension of each input is contiguous.
+
+    `spans`: of each of the sequences that are packed in a batch of one. Elsewhere out is 0 and lse -inf.
+    """
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    if spans is not None:
+        out.zero_()
+        lse.fill_(-torch.inf)
     options = (causal, window or 0, scale)
     tensors = (*_parts(q), *_parts(k), *_parts(v), *_parts(out))
     native().attention_forward(
-        DTYPES[q.dtype], _shape(q, k), *options, *tensors, lse.data_ptr(), torch.get_num_threads()
+        DTYPES[q.dtype], _shape(q, k), *options, *tensors, lse.data_ptr(), torch.get_num_threads(), spans
     )
     return out, lse
 
@@ -69,9 +90,11 @@ def backward(
     causal: bool,
     window: int | None,
     scale: float,
+    spans: Spans | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in q, k and v, contiguous. The last dimension of each input is contiguous."""
-    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    """Gradients in q, k and v, contiguous. The last dimension of each input is contiguous. `spans` as in `forward`."""
+    new = torch.empty if spans is None else torch.zeros
+    grad_q, grad_k, grad_v = (new(t.shape, dtype=t.dtype) for t in (q, k, v))
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     native().attention_backward(
@@ -83,5 +106,6 @@ def backward(
         0 if grad_lse is None else grad_lse.data_ptr(),
         *(*_parts(grad_q), *_parts(grad_k), *_parts(grad_v)),
         torch.get_num_threads(),
+        spans,
     )
     return grad_q, grad_k, grad_v
