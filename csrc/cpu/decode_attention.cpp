@@ -2,7 +2,7 @@
 // from memory once, for all query heads that share them and all queries of a sequence. A task is 256 tokens of one
 // sequence, cut at multiples of 256, whatever the batch and the threads; its result is a maximum, a sum and a weighted sum
 // of values for each row (query, head). A second pass combines them in order. Within a task tiles of 16 tokens go through
-// the online softmax. What limits is reading the cache: the next tile is fetched meanwhile.
+// the online softmax. What limits is reading the cache: the next tiles are fetched meanwhile.
 //
 // A row's arithmetic is the same whatever other rows and sequences there are: tiles that it does not see leave its
 // maximum, sum and values as they are, bit for bit.
@@ -266,10 +266,12 @@ struct Attend {
             std::fill(partial.sum, partial.sum + work.rows, 0.0f);
         }
         const int64_t steps = (tiles_end - tiles_begin) / kTile * task.heads;
+        const int64_t steps_ahead = task.heads > 1 ? 2 : 1;  // heads lie in short runs, which take longer to come
         for (int64_t i = 0; i < steps; ++i) {
             const int64_t head = i % task.heads;
             const Tile<C> tile = tile_of(work, task, tiles_begin, i, k_offsets, v_offsets);
-            const Tile<C> next = tile_of(work, task, tiles_begin, std::min(i + 1, steps - 1), k_offsets, v_offsets);
+            const Tile<C> next = tile_of(work, task, tiles_begin, std::min(i + steps_ahead, steps - 1), k_offsets,
+                                        v_offsets);
             const Partial partial = work.partial(task.batch, task.head + head, task.split);
             const float* q = &q_buffer[head * work.rows * work.padded_dim];
             for (int64_t row = 0; row < work.rows; row += 4) {

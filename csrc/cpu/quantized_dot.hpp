@@ -27,6 +27,8 @@ struct Activations {
 using Sums = float (*)[kTileRows];
 
 struct Portable {
+    static constexpr bool kMultipliesRow = false;
+
     template <class Format>
     static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
         unpack_tile<Format, EightRows>(weight, stride, blocks, ahead, tile);
@@ -66,6 +68,8 @@ FASTLM_INLINE Floats to_floats(__m512i v) { return __builtin_convertvector((Ints
 #define FASTLM_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
 struct Avx512Vnni {
+    static constexpr bool kMultipliesRow = SixteenRows::kRows == kLanes;
+
     template <class Format>
     FASTLM_AVX512_VNNI static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
         unpack_tile<Format, SixteenRows>(weight, stride, blocks, ahead, tile);
@@ -118,11 +122,56 @@ struct Avx512Vnni {
             for (int half = 0; half < 2; ++half) _mm512_storeu_ps(&sums[row][half * 16], sum[row][half]);
         }
     }
+
+    // The same sums for 32 features over whole rows of weights and one row of activations: what is unpacked is used once, and
+    // does not go through memory.
+    template <class Format>
+    FASTLM_AVX512_VNNI static void multiply_row(const uint8_t* weight, int64_t stride, int64_t blocks, uintptr_t ahead,
+                                                const Activations& x, float* sums) {
+        constexpr int kGroups = Format::kBlock / Format::kGroup, kSteps = Format::kGroup / 4;
+        for (int half = 0; half < kTileRows; half += kLanes) {
+            SixteenBlocks source(weight + half * stride, stride);
+            const int8_t* q = x.q;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t block = 0; block < blocks; ++block) {
+                fetch_blocks<Format>(ahead);
+                Floats scale[kGroups], minimum[kGroups];
+                Format::scales(source, scale, minimum);
+#pragma GCC unroll 8
+                for (int chunk = 0; chunk < Format::kBlock / 32; ++chunk) {
+                    Bits words[8];
+                    unpack_chunk<Format, SixteenRows>(source, 0, chunk, words);
+#pragma GCC unroll 2
+                    for (int part = 0; part < 8 / kSteps; ++part) {
+                        const int i = chunk * (8 / kSteps) + part;
+                        const int64_t g = block * kGroups + i;
+                        __m512i even = _mm512_set1_epi32(x.correction[g]), odd = _mm512_setzero_si512();
+#pragma GCC unroll 4
+                        for (int step = 0; step < kSteps; step += 2, q += 8) {
+                            const int word = part * kSteps + step;
+                            even = _mm512_dpbusd_epi32(even, (__m512i)words[word], _mm512_set1_epi32(four_bytes(q)));
+                            odd = _mm512_dpbusd_epi32(odd, (__m512i)words[word + 1], _mm512_set1_epi32(four_bytes(q + 4)));
+                        }
+                        const __m512 x_scale = _mm512_set1_ps(x.scale[g / (kActivationGroup / Format::kGroup)]);
+                        const __m512 both = _mm512_mul_ps((__m512)scale[i], x_scale);
+                        sum = _mm512_fmadd_ps(to_floats(_mm512_add_epi32(even, odd)), both, sum);
+                        if (Format::kHasMinimum) {
+                            sum = _mm512_fnmadd_ps((__m512)minimum[i], _mm512_set1_ps(x.sum[g]), sum);
+                        }
+                    }
+                }
+                source.advance(Format::kBlockBytes);
+            }
+            _mm512_storeu_ps(sums + half, sum);
+        }
+    }
 };
 
 #define FASTLM_AVX2 __attribute__((target("avx2,fma")))
 
 struct Avx2 {
+    static constexpr bool kMultipliesRow = false;
+
     template <class Format>
     FASTLM_AVX2 static void unpack(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
         unpack_tile<Format, EightRows>(weight, stride, blocks, ahead, tile);

@@ -55,7 +55,15 @@ void multiply(const QuantizedLinear<T>& call, const QuantizedRows<T>& x, int64_t
         const uint8_t* weight = call.weight + feature * call.weight_stride;
         uintptr_t ahead = reinterpret_cast<uintptr_t>(weight) + fetch_distance;
         std::fill_n(&sums[0][0], x.batches.rows * kTileRows, 0.0f);
-        for (int64_t k = 0; k < call.in_features; k += kPanel) {
+        int64_t k = 0;
+        if constexpr (Isa::kMultipliesRow) {
+            if (x.batches.rows == 1 && features == kTileRows) {
+                const int64_t blocks = call.in_features / Format::kBlock;
+                Isa::template multiply_row<Format>(weight, call.weight_stride, blocks, ahead, x.at(0, 0), sums[0]);
+                k = call.in_features;
+            }
+        }
+        for (; k < call.in_features; k += kPanel) {
             const int inputs = static_cast<int>(std::min<int64_t>(kPanel, call.in_features - k));
             const int blocks = inputs / Format::kBlock;
             if (features == kTileRows) {

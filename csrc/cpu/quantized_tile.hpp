@@ -78,45 +78,50 @@ struct SixteenRows {
 using SixteenRows = EightRows;
 #endif
 
+// Weights 32 chunk … 32 chunk + 31 of a block of the rows `row` and on, as many as Rows holds: four inputs of each in v[i].
+template <class Format, class Rows>
+FASTLM_INLINE void unpack_chunk(const SixteenBlocks& source, int row, int chunk, typename Rows::Vector* v) {
+    if constexpr (Rows::kRows == kLanes && Format::kUnpacksWords) {
+        Format::unpack_words(source, v);
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) v[i] = (typename Rows::Vector)Format::unpack(Rows::block(source, row, i), chunk);
+        Rows::transpose(v);
+    }
+}
+
 // The weights of one block of sixteen rows to q[i][row][…]: four inputs of each i.
 template <class Format, class Rows>
 FASTLM_INLINE void unpack_block(const SixteenBlocks& source, uint8_t (*q)[kTileRows][4]) {
-    constexpr bool kWhole = Rows::kRows == kLanes;
-    if constexpr (kWhole && Format::kUnpacksWords) {
-        Bits words[8];
-        Format::unpack_words(source, words);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) std::memcpy(q[i], &words[i], sizeof words[i]);
-    } else {
 #pragma GCC unroll 2
-        for (int row = 0; row < kLanes; row += Rows::kRows) {
+    for (int row = 0; row < kLanes; row += Rows::kRows) {
 #pragma GCC unroll 8
-            for (int chunk = 0; chunk < Format::kBlock / 32; ++chunk) {
-                typename Rows::Vector v[8];
+        for (int chunk = 0; chunk < Format::kBlock / 32; ++chunk) {
+            typename Rows::Vector v[8];
+            unpack_chunk<Format, Rows>(source, row, chunk, v);
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) {
-                    v[i] = (typename Rows::Vector)Format::unpack(Rows::block(source, row, i), chunk);
-                }
-                Rows::transpose(v);
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) std::memcpy(q[chunk * 8 + i][row], &v[i], sizeof v[i]);
-            }
+            for (int i = 0; i < 8; ++i) std::memcpy(q[chunk * 8 + i][row], &v[i], sizeof v[i]);
         }
     }
 }
 
-// Unpacks `blocks` blocks of 32 rows that lie `stride` bytes apart. Meanwhile as many bytes at `ahead` are fetched, which
-// may lie behind the weights: that does not fault.
+// Fetches as many bytes at `ahead` as one block of sixteen rows has. They may lie behind the weights: that does not fault.
+template <class Format>
+FASTLM_INLINE void fetch_blocks(uintptr_t& ahead) {
+    for (int i = 0; i < kLanes * Format::kBlockBytes; i += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
+    }
+    ahead += kLanes * Format::kBlockBytes;
+}
+
+// Unpacks `blocks` blocks of 32 rows that lie `stride` bytes apart, and fetches what lies at `ahead`.
 template <class Format, class Rows>
 FASTLM_INLINE void unpack_tile(const uint8_t* weight, int64_t stride, int blocks, uintptr_t ahead, Tile& tile) {
     constexpr int kGroups = Format::kBlock / Format::kGroup;
     for (int half = 0; half < kTileRows; half += kLanes) {
         SixteenBlocks source(weight + half * stride, stride);
         for (int block = 0; block < blocks; ++block) {
-            for (int i = 0; i < kLanes * Format::kBlockBytes; i += 64) {
-                __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
-            }
-            ahead += kLanes * Format::kBlockBytes;
+            fetch_blocks<Format>(ahead);
             Floats scale[kGroups], minimum[kGroups];
             Format::scales(source, scale, minimum);
             for (int i = 0; i < kGroups; ++i) {
