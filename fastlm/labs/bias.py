@@ -22,7 +22,7 @@ from fastlm.tokenizer import Tokenizer
 from fastlm.training import TrainingConfig
 
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9)
-ENDINGS, STEPS, BATCH, VOCABULARY = 8, 180, 20, 1024
+ENDINGS, STEPS, BATCH, VOCABULARY = 8, 160, 20, 1024
 Learned = dict[tuple[str, data.Kind, data.Language], list[float]]  # percent, a number for each seed
 
 

@@ -20,7 +20,7 @@ from fastlm.labs.statistics import RESAMPLES, Interval, bootstrap
 from fastlm.labs.workbench import Workbench
 
 Row = dict[str, str]
-PAIRS_OF_A_TYPE, TEMPLATES_OF_A_CATEGORY = 40, 5
+PAIRS_OF_A_TYPE, TEMPLATES_OF_A_CATEGORY = 40, 4
 ALL = 10_000
 UNKNOWN = "알 수 없음"
 
