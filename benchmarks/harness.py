@@ -185,7 +185,7 @@ def measure_ceilings(device: str) -> Ceilings:
     ):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         # The faster of torch's product and of oneDNN's, which some processors run at twice the rate.
-        products = [partial(torch.matmul, a, b), partial(linear, a, b)]
+        products: list[Callable[[], Any]] = [partial(torch.matmul, a, b), partial(linear, a, b)]
         flops[dtype] = 2 * n**3 / min(min(times) for times in _times(products, device, seconds=0.4))
     return Ceilings(2 * size / copy, flops)
 
