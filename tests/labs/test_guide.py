@@ -17,6 +17,7 @@ import pytest
 from fastlm.labs import IDEAS
 from fastlm.labs.result import LabResult
 from tests.test_docs import ROOT, blocks, read
+from tests.tokenizer.vocabularies import tiktoken_files
 
 PAGES = sorted((ROOT / "docs" / "ko" / "ideas").glob("[a-z]*.md"))
 Results = Callable[[str], tuple[LabResult, Path]]
@@ -37,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, shared_data: Path | None) 
     @cache
     def result(command: str) -> tuple[LabResult, Path]:
         words = [sys.executable, "-m", *shlex.split(command)]
-        environment = {**os.environ, "FASTLM_DATA": str(shared_data)}
+        environment = {**os.environ, "FASTLM_DATA": str(shared_data), "TIKTOKEN_CACHE_DIR": str(tiktoken_files())}
         done = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         out = directory / "labs"
