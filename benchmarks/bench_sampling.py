@@ -49,20 +49,22 @@ def with_torch(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[
     return order.gather(-1, chosen)[:, 0], scattered
 
 
-def ours(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Callable[..., Sample]]:
-    """The ids, and the call that gave them, for `check` to ask for their log-probabilities too."""
+Drawn = tuple[Tensor, Callable[..., Sample]]  # the ids, and the call that gave them, to ask for log-probabilities too
+
+
+def ours(logits: Tensor, top_k: int | None, top_p: float | None) -> Drawn:
     call = partial(sample, logits, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, seed=7, position=0)
     return call().ids, call
 
 
-def check(a: tuple[Tensor, Callable[..., Sample]], b: tuple[Tensor, Tensor]) -> None:
+def check(a: Drawn, b: tuple[Tensor, Tensor], rtol: float = 1e-3, atol: float = 0.0) -> None:
     """The peer gives our tokens the probabilities that we drew them with."""
     ids, call = a
     again = call(return_logprobs=True)
     assert again.processed_logprobs is not None
     assert torch.equal(ids, again.ids)
     theirs = b[1].gather(-1, ids[:, None])[:, 0]
-    torch.testing.assert_close(again.processed_logprobs.exp(), theirs, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(again.processed_logprobs.exp(), theirs, rtol=rtol, atol=atol)
 
 
 def cases(device: str) -> Iterable[Case]:

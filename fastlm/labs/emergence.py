@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastlm.labs.episodes import IGNORED, Episodes, logits_of, train_on_episodes
-from fastlm.labs.statistics import RESAMPLES, Interval
+from fastlm.labs.statistics import Interval, bootstrap_over_seeds
 from fastlm.labs.workbench import Workbench
 from fastlm.model import ModelConfig
 from fastlm.training import TrainingConfig
@@ -44,10 +44,10 @@ class Rung:
     logprob: NDArray[np.float64]
 
     def exact(self, seed: int) -> Interval:
-        return over_seeds(self.right.all(axis=-1).astype(float), seed)
+        return bootstrap_over_seeds(self.right.all(axis=-1).astype(float), seed)
 
     def smooth(self, seed: int) -> Interval:
-        return over_seeds(self.logprob, seed)
+        return bootstrap_over_seeds(self.logprob, seed)
 
     @property
     def expected(self) -> float:
@@ -57,17 +57,6 @@ class Rung:
     @property
     def exact_of_seeds(self) -> list[float]:
         return [float(share) for share in self.right.all(axis=-1).mean(axis=-1)]
-
-
-def over_seeds(values: NDArray[np.float64], seed: int) -> Interval:
-    """The mean of `(seeds, answers)`, its interval by a bootstrap of seeds and, of each, of answers: one model's are
-    alike."""
-    generator = np.random.default_rng(seed)
-    seeds, answers = values.shape
-    drawn = generator.integers(0, seeds, (RESAMPLES, seeds))
-    draws = [np.mean([values[at, generator.integers(0, answers, answers)].mean() for at in row]) for row in drawn]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
 
 
 def run(lab: Workbench) -> None:

@@ -57,8 +57,22 @@ def bootstrap(
         raise ValueError("there are no values to resample")
     generator = np.random.default_rng(seed)
     found = [statistic(data[generator.integers(0, len(data), len(data))]) for _ in range(RESAMPLES)]
+    return _interval(statistic(data), found)
+
+
+def bootstrap_over_seeds(values: NDArray[np.float64], seed: int) -> Interval:
+    """The mean of `(seeds, answers)`, its interval by a bootstrap of seeds and, of each, of answers: one model's are
+    alike."""
+    generator = np.random.default_rng(seed)
+    seeds, answers = values.shape
+    drawn = generator.integers(0, seeds, (RESAMPLES, seeds))
+    found = [np.mean([values[at, generator.integers(0, answers, answers)].mean() for at in row]) for row in drawn]
+    return _interval(float(values.mean()), found)
+
+
+def _interval(value: float, found: Sequence[float]) -> Interval:
     low, high = np.quantile(found, [0.025, 0.975])
-    return Interval(statistic(data), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:

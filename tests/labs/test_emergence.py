@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fastlm.labs import emergence, find_idea
-from fastlm.labs.emergence import ANSWER, DIGITS, EQUALS, IGNORED, PLUS, Rung, largest_step, over_seeds, sums
+from fastlm.labs.emergence import ANSWER, DIGITS, EQUALS, IGNORED, PLUS, Rung, largest_step, sums
+from fastlm.labs.statistics import bootstrap_over_seeds
 from fastlm.labs.workbench import Workbench
 
 
@@ -40,9 +41,9 @@ def test_a_small_ladder_reports_both_measures(lab: Workbench, monkeypatch: pytes
 def test_the_interval_counts_seeds_as_well_as_answers() -> None:
     """Answers of one model that are all alike say no more than one: with equal seeds there is no doubt between them."""
     apart = np.repeat([[0.0], [1.0], [0.5]], 400, axis=1)
-    interval = over_seeds(apart, seed=0)
+    interval = bootstrap_over_seeds(apart, seed=0)
     assert (interval.value, interval.low, interval.high) == (0.5, 0.0, 1.0)
-    alike = over_seeds(np.tile(np.arange(400) % 2, (3, 1)).astype(float), seed=0)
+    alike = bootstrap_over_seeds(np.tile(np.arange(400) % 2, (3, 1)).astype(float), seed=0)
     expected = 1.96 * 0.5 / np.sqrt(3 * 400)
     assert alike.high - alike.low == pytest.approx(2 * expected, rel=0.15)
 

@@ -9,17 +9,17 @@ from fastlm.ops._library import define_op
 from fastlm.ops._registry import Op
 from fastlm.ops.sampling import (
     Order,
+    Outputs,
     Sample,
     Setting,
     bias_rows,
     check_options,
     checked_mask,
+    empty_outputs,
     row_setting,
     to_sample,
     token_ids,
 )
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def fused_linear_sample(
@@ -125,17 +125,7 @@ def _fake(
     position: Tensor, min_p_first: bool, softcap: float | None, return_logprobs: bool, num_logprobs: int,
     logit_bias: Tensor | None = None, mask: Tensor | None = None,
 ) -> Outputs:  # fmt: skip
-    batch = hidden.shape[0]
-    logprobs = hidden.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
-    top = (batch, num_logprobs) if num_logprobs else (0,)
-    return (
-        hidden.new_empty(batch, dtype=torch.int64),
-        hidden.new_empty(batch, dtype=torch.bool),
-        logprobs,
-        torch.empty_like(logprobs),
-        hidden.new_empty(top, dtype=torch.int64),
-        hidden.new_empty(top, dtype=torch.float32),
-    )
+    return empty_outputs(hidden, return_logprobs, num_logprobs)
 
 
 _fused_linear_sample = define_op(

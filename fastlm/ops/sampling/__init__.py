@@ -315,16 +315,21 @@ def _fake(
     mask: Tensor | None = None,
     typical_p: Tensor | None = None,
 ) -> Outputs:
-    batch = logits.shape[0]
-    logprobs = logits.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
+    return empty_outputs(logits, return_logprobs, num_logprobs)
+
+
+def empty_outputs(rows: Tensor, return_logprobs: bool, num_logprobs: int) -> Outputs:
+    """Outputs for as many rows, unwritten, on their device: what the op's fake implementation gives."""
+    batch = rows.shape[0]
+    logprobs = rows.new_empty(batch if return_logprobs else 0, dtype=torch.float32)
     top = (batch, num_logprobs) if num_logprobs else (0,)
     return (
-        logits.new_empty(batch, dtype=torch.int64),
-        logits.new_empty(batch, dtype=torch.bool),
+        rows.new_empty(batch, dtype=torch.int64),
+        rows.new_empty(batch, dtype=torch.bool),
         logprobs,
         torch.empty_like(logprobs),
-        logits.new_empty(top, dtype=torch.int64),
-        logits.new_empty(top, dtype=torch.float32),
+        rows.new_empty(top, dtype=torch.int64),
+        rows.new_empty(top, dtype=torch.float32),
     )
 
 
