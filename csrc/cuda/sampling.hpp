@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/dtype.hpp"
+
 namespace fastlm::cuda {
 
 // Device pointers, a value a row. Filters may be null; logprobs are both null or neither.
@@ -22,8 +24,6 @@ struct Sampling {
     bool* valid;
     float *logprobs, *processed_logprobs;
 };
-
-enum class DType { float32, bfloat16, float16 };
 
 // Queues the kernel on `stream` and returns without waiting for it.
 cudaError_t sample(const Sampling& call, DType dtype, cudaStream_t stream);
