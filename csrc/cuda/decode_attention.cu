@@ -178,7 +178,7 @@ __device__ void combine(const DecodeAttention& call, const Rows& rows, int split
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const DecodeAttention call) {
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const DecodeAttention call) {
     using Element = typename Tile::Element;
     auto& shared = *reinterpret_cast<Shared<Tile>*>(dynamic_shared());
     Rows rows{};

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlm.ops import explain, sample
+from fastlm.ops import _cuda, explain, sample
 from fastlm.ops._registry import missing
 from fastlm.ops.sampling import Sample, cuda, reference
 from tests.ops.helpers import poisoned_memory
@@ -102,9 +102,9 @@ def test_what_it_lacks_is_told_by_name():
 
 
 def test_a_chip_that_was_not_built_for_is_told_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(cuda, "cuda", lambda: SimpleNamespace(archs=[80, 90]))
+    monkeypatch.setattr(_cuda, "cuda", lambda: SimpleNamespace(archs=[80, 90]))
     for capability, fits in (((8, 0), True), ((8, 9), True), ((9, 0), True), ((7, 5), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        reason = cuda._not_built_for(torch.device("cuda"))
+        reason = _cuda.not_built_for.__wrapped__(torch.device("cuda"))
         assert (reason is None) == fits
     assert reason == ("was built for sm_80 sm_90, not for sm_120 (install with FASTLM_CUDA=1 FASTLM_CUDA_ARCHS=120)")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm._core import cuda
+from fastlm.ops._cuda import not_built_for
 
 
 def supports(logits: Tensor, *, num_logprobs: int, **settings: object) -> str | None:
@@ -18,17 +19,7 @@ def supports(logits: Tensor, *, num_logprobs: int, **settings: object) -> str | 
         return f"has no {', '.join(lacking)}"
     if logits.shape[1] > 2**30:
         return f"supports vocabularies up to 2^30, not {logits.shape[1]}"
-    return _not_built_for(logits.device) if logits.is_cuda else None
-
-
-def _not_built_for(device: torch.device) -> str | None:
-    """A build holds machine code alone, which runs on later chips of the same major number."""
-    major, minor = torch.cuda.get_device_capability(device)
-    archs = cuda().archs
-    if any(arch // 10 == major and arch % 10 <= minor for arch in archs):
-        return None
-    built, here = " ".join(f"sm_{arch}" for arch in archs), 10 * major + minor
-    return f"was built for {built}, not for sm_{here} (install with FASTLM_CUDA=1 FASTLM_CUDA_ARCHS={here})"
+    return not_built_for(logits.device) if logits.is_cuda else None
 
 
 def sample(
