@@ -18,7 +18,7 @@ inline __half __float2half_rn(float x) {
     if (x != x) return {0x7FFF};
     const float size = std::fabs(x);
     if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7C00)};
-    int exponent = 0;
+    int exponent = -13;  // that of a subnormal number, whose exponent is fixed
     if (size > 0) std::frexp(size, &exponent);
     const int last = exponent < -13 ? -24 : exponent - 11;  // the last bit's exponent
     const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -last)));  // ties to even
