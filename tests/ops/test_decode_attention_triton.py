@@ -297,10 +297,11 @@ def compile_split(chip: int, head_dim: int, rows: int, q: str, cache: str, **fla
     strides = [n for n in names if n.endswith("_stride")]
     signature |= dict.fromkeys(strides, "i32")
     signature |= dict.fromkeys(
-        ["table_width", "blocks", "slots", "kv_heads", "group", "query_len", "window"], "i32"
+        ["table_width", "blocks", "slots", "kv_heads", "group", "query_len", "window", "batch_size", "num_shared"],
+        "i32",
     )  # fmt: skip
     constants: dict[str, Any] = {"WINDOW": False, "SOFTCAP": False, "SINKS": False, "SCALED": scaled, "DIRECT": False}
-    constants |= {"WIDE": mixed, "PRECISION": "ieee"} | flags
+    constants |= {"WIDE": mixed, "PRECISION": "ieee", "CASCADE": False} | flags
     constants |= {"HEAD_DIM": head_dim, "BLOCK_D": 1 << (head_dim - 1).bit_length(), "BLOCK_SIZE": 16}
     constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages}
     constants |= {"MIN_SPLIT": kernels.MIN_SPLIT, "MAX_SPLITS": kernels.MAX_SPLITS, "MAX_QUERY_LEN": 8}

@@ -29,6 +29,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_shared_tokens: int = 0,
 ) -> Tensor:
     """out = softmax(cap(q · kᵀ · scale)) · v, k and v being the tokens of each sequence's own blocks.
 
@@ -55,20 +56,24 @@ def decode_attention(
 
     Raises:
         ValueError: when shapes, dtypes or options do not fit; on the CPU also when a length exceeds its row of the
-            table, or a block that is needed lies outside the cache. A GPU does not wait to look: there the queries
-            that would see such tokens give NaN, and nothing outside the cache is read.
+            table, a block that is needed lies outside the cache, or the promise of `num_shared_tokens` is not kept. A
+            GPU does not wait to look: there the queries that would see such tokens give NaN, the first sequence's
+            blocks may be taken for those of the others, and nothing outside the cache is read.
 
     Paged as in Kwon et al., "PagedAttention", 2023 (arXiv 2309.06180), section 4.
     """
     _check(q, k_cache, v_cache, block_table, context_lens, window, softcap)
     _check_extras(q, k_cache, sinks, k_scale, v_scale)
+    if num_shared_tokens:
+        _check_shared(k_cache.shape[1], block_table, context_lens, num_shared_tokens)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if k_scale is not None and v_scale is not None:
         k_scale, v_scale = (t.expand(k_cache.shape[:3]) for t in (k_scale, v_scale))
     return _decode_attention(
-        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale
-    )
+        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale,
+        num_shared_tokens,
+    )  # fmt: skip
 
 
 def _check(
@@ -133,6 +138,21 @@ def _check_extras(
             )
 
 
+def _check_shared(block_size: int, block_table: Tensor, context_lens: Tensor, num_shared_tokens: int) -> None:
+    blocks, rest = divmod(num_shared_tokens, block_size)
+    if rest or not 0 <= blocks <= block_table.shape[1]:
+        raise ValueError(
+            f"num_shared_tokens must be a multiple of block_size ({block_size}) from 0 to "
+            f"{block_table.shape[1] * block_size}, not {num_shared_tokens}"
+        )
+    if block_table.device.type != "cpu" or len(block_table) == 0:
+        return
+    if (shortest := int(context_lens.min())) < num_shared_tokens:
+        raise ValueError(f"num_shared_tokens is {num_shared_tokens}, but a sequence has only {shortest} tokens")
+    if not (block_table[:, :blocks] == block_table[:1, :blocks]).all():
+        raise ValueError(f"num_shared_tokens is {num_shared_tokens}, but the first {blocks} blocks differ")
+
+
 # The CUDA core takes one launch where Triton takes two, so it should be quicker where there is little to read. That has
 # been measured on no GPU: it comes after Triton, which serves all that it does, and runs when FASTLM_BACKEND=cuda asks.
 OP = Op("decode_attention", decode_attention, ("triton", "cuda", "cpu", "reference"))
@@ -150,14 +170,16 @@ def _run(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_shared_tokens: int = 0,
 ) -> Tensor:
     backend = OP.select(
         q, k_cache, v_cache, block_table, context_lens, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale,
+        k_scale=k_scale, v_scale=v_scale, num_shared_tokens=num_shared_tokens,
     )  # fmt: skip
     return backend.decode_attention(
-        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale
-    )
+        q, k_cache, v_cache, block_table, context_lens, scale, window, softcap, sinks, k_scale, v_scale,
+        num_shared_tokens,
+    )  # fmt: skip
 
 
 def _fake(
@@ -172,6 +194,7 @@ def _fake(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_shared_tokens: int = 0,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -192,7 +215,8 @@ class _DecodeAttention(torch.autograd.Function):
 
 _decode_attention = define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, float scale, "
-    "int? window, float? softcap, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    "int? window, float? softcap, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "int num_shared_tokens=0) -> Tensor",
     _run,
     _fake,
     _DecodeAttention,

@@ -36,6 +36,7 @@ def supports(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    num_shared_tokens: int = 0,
 ) -> str | None:
     if q.dtype not in DTYPES:
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
@@ -76,6 +77,7 @@ def decode_attention(
     sinks: Tensor | None,
     k_scale: None,
     v_scale: None,
+    num_shared_tokens: int = 0,
 ) -> Tensor:
     device, shape = q.device, q.shape
     out = torch.empty(shape, dtype=q.dtype, device=device)

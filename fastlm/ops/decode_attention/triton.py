@@ -7,6 +7,13 @@ tile before that; an online softmax (arXiv 1805.02867) keeps the maximum, the su
 output of each row, which go to memory in fp32. A program of the second reads those of one row, all splits in order.
 Where one split holds the longest sequence that the table allows, the first writes the result itself, in the same bits.
 
+Where all sequences begin with the same blocks (`num_shared_tokens`), the rows of several sequences fill one tile for
+each split that lies wholly in them: in the cascade of FlashInfer (arXiv 2501.01005, section 3.1) the prefix is read
+once for so many of them as fit. 16 rows are 4 sequences of a model with groups of 4, 16 without groups; tiles higher
+than those of a call without sharing would read less often, but multiply and add in another order. As it is, each row
+meets the same tiles of tokens in the same order and in the same shape, so its bits are those of that call. A sequence
+whose splits have another size than the first's, as far longer ones do, is left out of the sharing.
+
 Reading the cache is what takes the time: every byte of it is read once, and at 16 rows a tile the tensor cores have a
 tenth of the work that they could do meanwhile. The splits' results add group · head_dim · 4 bytes, written and read,
 for each 2 · 128 · head_dim elements of the cache: 3 % in bf16 with groups of 4, mostly in L2.
@@ -49,6 +56,7 @@ def supports(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    num_shared_tokens: int = 0,
 ) -> str | None:
     head_dim, chip = q.shape[-1], capability(q.device)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -100,7 +108,7 @@ def _extent(
 ):  # fmt: skip
     """A sequence's length, the first token that any query sees, tokens a split, the first split, the number of splits.
 
-    And whether the length is one: where it is not, it is taken as 0, and the result will be NaN.
+    And whether the length is one: where it is not, it is taken as 0, and the result will be NaN. Or those of several.
     """
     length = tl.load(length_ptr)
     is_length = (length >= 0) & (length <= most)
@@ -135,7 +143,7 @@ def _widened(tile, dtype: tl.constexpr, SCALED: tl.constexpr):
     return tile.to(dtype)
 
 
-@triton.jit(do_not_specialize=["table_stride", "table_width", "blocks", "slots", "window"])
+@triton.jit(do_not_specialize=["table_stride", "table_width", "blocks", "slots", "window", "batch_size", "num_shared"])
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, lengths_ptr,
     out_ptr, acc_ptr, highest_ptr, total_ptr, q_batch_stride, q_stride, q_head_stride,
@@ -143,34 +151,60 @@ def _split_kernel(
     k_scale_block_stride, k_scale_slot_stride, k_scale_head_stride,
     v_scale_block_stride, v_scale_slot_stride, v_scale_head_stride,
     table_stride, table_width, blocks, slots, kv_heads, group, query_len, window, inner, factor,
+    batch_size, num_shared,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
-    DIRECT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    MAX_QUERY_LEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DIRECT: tl.constexpr, CASCADE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MAX_QUERY_LEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     num_rows = query_len * group
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
-    row_tile = tl.program_id(0) % row_tiles
-    kv_head = (tl.program_id(0) // row_tiles % kv_heads).to(tl.int64)
-    batch = (tl.program_id(0) // row_tiles // kv_heads).to(tl.int64)
+    program = tl.program_id(0)
+    if CASCADE:
+        # The first programs take the shared splits, for the rows of all sequences, by the first one's table.
+        shared_tiles = tl.cdiv(batch_size * num_rows, BLOCK_M)
+        is_shared = program < shared_tiles * kv_heads
+        program = tl.where(is_shared, program, program - shared_tiles * kv_heads)
+        row_tiles = tl.where(is_shared, shared_tiles, row_tiles)
+    row_tile = program % row_tiles
+    kv_head = (program // row_tiles % kv_heads).to(tl.int64)
+    batch = (program // row_tiles // kv_heads).to(tl.int64)
     slot = tl.program_id(1)
     length, first, size, first_split, splits, is_length = _extent(
         lengths_ptr + batch, table_width * BLOCK_SIZE, query_len, window,
         WINDOW, BLOCK_N, MIN_SPLIT, MAX_SPLITS, MAX_QUERY_LEN,
     )  # fmt: skip
-    if not DIRECT:  # noqa: SIM102  (this decides when compiling)
+    if CASCADE:
+        _, _, shared_size, _, _, _ = _extent(
+            lengths_ptr, table_width * BLOCK_SIZE, query_len, window,
+            WINDOW, BLOCK_N, MIN_SPLIT, MAX_SPLITS, MAX_QUERY_LEN,
+        )  # fmt: skip
+        shared_splits = tl.where(size == shared_size, num_shared // size, 0)
+        if tl.where(is_shared, slot >= shared_splits, (slot < shared_splits) | (slot >= splits)):
+            return
+    elif not DIRECT:  # noqa: SIM102  (this decides when compiling)
         if slot >= splits:
             return
 
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < num_rows
+    row_batch, row_length = batch, length
+    if CASCADE:  # rows of other sequences, but of none whose splits are longer
+        is_row = rows < tl.where(is_shared, batch_size * num_rows, num_rows)
+        row_batch += tl.where(is_row, rows // num_rows, 0)
+        rows %= num_rows
+        row_length, _, row_size, _, _, _ = _extent(
+            lengths_ptr + row_batch, table_width * BLOCK_SIZE, query_len, window,
+            WINDOW, BLOCK_N, MIN_SPLIT, MAX_SPLITS, MAX_QUERY_LEN,
+        )  # fmt: skip
+        is_row = is_row & (row_size == size)
     query = rows // group
     head = kv_head * group + rows % group
-    is_row = rows < num_rows
-    positions = length - query_len + query
+    positions = row_length - query_len + query
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < HEAD_DIM
-    q_ptrs = q_ptr + batch * q_batch_stride + (query * q_stride + head * q_head_stride)[:, None] + dims[None, :]
-    q = tl.load(q_ptrs, is_row[:, None] & is_dim[None, :], 0.0)
+    q_offsets = row_batch * q_batch_stride + query * q_stride + head * q_head_stride
+    q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], is_row[:, None] & is_dim[None, :], 0.0)
     if WIDE:
         q = q.to(tl.float32)
     table_ptr += batch * table_stride
@@ -183,6 +217,8 @@ def _split_kernel(
 
     start = (first_split + slot) * size
     end = tl.minimum(start + size, length)
+    if CASCADE:
+        end = tl.where(is_shared, start + size, end)
     start = tl.maximum(start, first // BLOCK_N * BLOCK_N)
     # Block ids are fetched one tile before their tokens, so that the loop's own loads do not wait for one another.
     tokens = start + columns
@@ -234,7 +270,7 @@ def _split_kernel(
         at = ((batch * query_len + query) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask)
     else:
-        row = ((batch * slots + slot) * query_len + query) * heads + head
+        row = ((row_batch * slots + slot) * query_len + query) * heads + head
         tl.store(acc_ptr + row[:, None] * HEAD_DIM + dims[None, :], acc, mask)
         tl.store(highest_ptr + row, highest, is_row)
         tl.store(total_ptr + row, total, is_row)
@@ -295,6 +331,7 @@ def decode_attention(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    num_shared_tokens: int = 0,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -312,6 +349,13 @@ def decode_attention(
     cut = tiles(query_len * group, head_dim, mixed or q.dtype == torch.float32, quantized, capability(q.device))
     slots = max(min(triton.cdiv(most, MIN_SPLIT), MAX_SPLITS + (window is not None)), 1)
     direct = slots == 1
+    rows = query_len * group
+    row_tiles = triton.cdiv(rows, cut.block_m)
+    shared_tiles = 0
+    if num_shared_tokens >= MIN_SPLIT and not direct and window is None:  # windows leave the prefix behind
+        shared_tiles = triton.cdiv(batch * rows, cut.block_m)
+        if shared_tiles == batch * row_tiles:  # not one tile fewer
+            shared_tiles = 0
     workspace = 0 if direct else batch * slots * query_len * heads
     acc = torch.empty((workspace, head_dim), dtype=torch.float32, device=q.device)
     highest, total = (torch.empty(workspace, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -333,13 +377,13 @@ def decode_attention(
     sinks = q if sinks is None else sinks.contiguous()
     scales = (q, q) if k_scale is None or v_scale is None else (k_scale, v_scale)
     scale_strides = (0,) * 6 if k_scale is None or v_scale is None else (*k_scale.stride(), *v_scale.stride())
-    row_tiles = triton.cdiv(query_len * group, cut.block_m)
-    _split_kernel[(batch * kv_heads * row_tiles, slots)](
+    _split_kernel[((shared_tiles + batch * row_tiles) * kv_heads, slots)](
         q, k_cache, v_cache, *scales, sinks, block_table, context_lens, out, acc, highest, total,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides,
         block_table.stride(0), table_width, blocks, slots, kv_heads, group, query_len, window_size,
         0.0 if softcap is None else scale / softcap, (scale if softcap is None else softcap) / math.log(2),
-        SOFTCAP=softcap is not None, SCALED=quantized, WIDE=mixed, DIRECT=direct,
+        batch, num_shared_tokens,
+        SOFTCAP=softcap is not None, SCALED=quantized, WIDE=mixed, DIRECT=direct, CASCADE=shared_tiles > 0,
         BLOCK_M=cut.block_m, PRECISION=precision, STAGES=cut.num_stages, num_warps=cut.num_warps, **shared,
     )  # fmt: skip
     if not direct:
