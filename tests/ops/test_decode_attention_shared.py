@@ -29,7 +29,7 @@ CASES: dict[str, tuple[int, int, int, int, int, int, list[int], dict[str, Any]]]
 
 
 @pytest.fixture(autouse=True)
-def on_the_triton_backend(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def on_the_triton_backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """By splits so small that the interpreter's short sequences have several, and long ones have longer.
 
     The interpreter multiplies by BLAS, which sums the last rows of a matrix in another order than the first; tensor
@@ -38,7 +38,7 @@ def on_the_triton_backend(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     from fastlm.ops.decode_attention import triton as kernels
 
     monkeypatch.setenv("FASTLM_BACKEND", "triton")
-    if device == "cpu":
+    if "device" in request.fixturenames and request.getfixturevalue("device") == "cpu":
         monkeypatch.setattr(kernels, "MIN_SPLIT", 16)
         monkeypatch.setattr(kernels, "MAX_SPLITS", 5)
         monkeypatch.setattr(kernels, "COMBINED", 4)
@@ -138,9 +138,13 @@ def test_a_promise_that_is_not_kept_is_told_on_the_cpu():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", [80, 90, 100])
-@pytest.mark.parametrize(("head_dim", "rows"), [(64, 1), (128, 4), (256, 8), (512, 4)])
-def test_the_shared_kernel_multiplies_and_adds_as_the_plain_one_does(chip, head_dim, rows):
-    shared, plain = (compile_split(chip, head_dim, rows, "bf16", "bf16", CASCADE=cascade) for cascade in (True, False))
+@pytest.mark.parametrize(
+    ("head_dim", "rows", "cache"),
+    [(64, 1, "bf16"), (128, 4, "bf16"), (128, 8, "i8"), (256, 8, "i8"), (256, 12, "bf16")],
+)
+def test_the_shared_kernel_multiplies_and_adds_as_the_plain_one_does(chip, head_dim, rows, cache):
+    options = {"SOFTCAP": head_dim != 128}
+    shared, plain = (compile_split(chip, head_dim, rows, "bf16", cache, CASCADE=c, **options) for c in (True, False))
     assert_fast(shared, chip)
     for instruction in (r"mma\.sync\S+", r"wgmma\.mma_async\S+", r"tcgen05\.mma\S+", r"shfl\.sync\S+", r"ex2\S+"):
         assert re.findall(instruction, shared.ptx) == re.findall(instruction, plain.ptx)

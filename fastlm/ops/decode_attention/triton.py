@@ -168,7 +168,7 @@ def _split_kernel(
         row_tiles = tl.where(is_shared, shared_tiles, row_tiles)
     row_tile = program % row_tiles
     kv_head = (program // row_tiles % kv_heads).to(tl.int64)
-    batch = (program // row_tiles // kv_heads).to(tl.int64)
+    batch = program // row_tiles // kv_heads
     slot = tl.program_id(1)
     length, first, size, first_split, splits, is_length = _extent(
         lengths_ptr + batch, table_width * BLOCK_SIZE, query_len, window,
@@ -203,11 +203,11 @@ def _split_kernel(
     positions = row_length - query_len + query
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < HEAD_DIM
-    q_offsets = row_batch * q_batch_stride + query * q_stride + head * q_head_stride
+    q_offsets = row_batch.to(tl.int64) * q_batch_stride + query * q_stride + head * q_head_stride
     q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], is_row[:, None] & is_dim[None, :], 0.0)
     if WIDE:
         q = q.to(tl.float32)
-    table_ptr += batch * table_stride
+    table_ptr += batch.to(tl.int64) * table_stride
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
     columns = tl.arange(0, BLOCK_N)
@@ -267,10 +267,10 @@ def _split_kernel(
             sink = tl.load(sinks_ptr + head, is_row, 0.0).to(tl.float32) * LOG2_E
         shrink, divisor = _finish(highest, total, sink, SINKS)
         out = tl.where(is_length, acc * shrink[:, None] / divisor[:, None], float("nan"))
-        at = ((batch * query_len + query) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
+        at = ((row_batch.to(tl.int64) * query_len + query) * heads + head)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask)
     else:
-        row = ((row_batch * slots + slot) * query_len + query) * heads + head
+        row = ((row_batch.to(tl.int64) * slots + slot) * query_len + query) * heads + head
         tl.store(acc_ptr + row[:, None] * HEAD_DIM + dims[None, :], acc, mask)
         tl.store(highest_ptr + row, highest, is_row)
         tl.store(total_ptr + row, total, is_row)
@@ -352,7 +352,8 @@ def decode_attention(
     rows = query_len * group
     row_tiles = triton.cdiv(rows, cut.block_m)
     shared_tiles = 0
-    if num_shared_tokens >= MIN_SPLIT and not direct and window is None:  # windows leave the prefix behind
+    # Windows leave the prefix behind; beyond 256 dimensions there are no registers left for the rows' own sequences.
+    if num_shared_tokens >= MIN_SPLIT and not direct and window is None and head_dim <= 256:
         shared_tiles = triton.cdiv(batch * rows, cut.block_m)
         if shared_tiles == batch * row_tiles:  # not one tile fewer
             shared_tiles = 0
