@@ -2,7 +2,9 @@
 // from memory once, for all query heads that share them and all queries of a sequence. A task is 256 tokens of one
 // sequence, cut at multiples of 256, whatever the batch and the threads; its result is a maximum, a sum and a weighted sum
 // of values for each row (query, head). A second pass combines them in order. Within a task tiles of 16 tokens go through
-// the online softmax. What limits is reading the cache: the next tiles are fetched meanwhile.
+// the online softmax. What limits is reading the cache, which gives twice as much when it is asked for in the order of its
+// addresses as when four tokens are read side by side: so each token's heads are gone through as they lie, keys and then
+// values of a tile, and what follows is fetched a fixed distance ahead.
 //
 // A row's arithmetic is the same whatever other rows and sequences there are: tiles that it does not see leave its
 // maximum, sum and values as they are, bit for bit.
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,8 +27,10 @@ namespace {
 
 constexpr int64_t kSplit = 256;                // tokens of a task: 64 KB of a head of 64 in bf16, 6 µs at 10 GB/s
 constexpr int64_t kTile = kLanes;              // tokens of one step of the online softmax
+constexpr int64_t kRun = 4096;                 // bytes of a token's heads in a task, whose queries stay in the first cache
+constexpr int64_t kBytesAhead = 8192;         // that are on their way
 constexpr int64_t kBytesForThreads = 1 << 17;  // of keys and values, below which waking a thread takes longer
-constexpr int64_t kTasksAThread = 4;           // splits a thread, from which on a task takes all heads of a split
+constexpr int64_t kTasksAThread = 4;           // splits a thread, from which on a task takes several heads of a split
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -110,13 +115,32 @@ struct Sequence {
     float* partials;  // [kv_heads][splits] of: (rows, padded head_dim) values, then a maximum and a sum a row
 };
 
-// Heads [head, head + heads) of one split: one head, or all, whose tokens lie side by side in memory.
+// Heads [head, head + heads) of one split, which lie side by side in memory where they are several.
 struct Task {
     int64_t batch, split, head, heads;
 };
 
 struct Partial {
     float *values, *maximum, *sum;
+};
+
+// Memory that a thread keeps, at multiples of 64 bytes: a vector that straddles two lines of the cache costs two reads.
+class Buffer {
+   public:
+    float* of(int64_t size) {
+        if (size > size_) {
+            memory_.reset(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{64})));
+            size_ = size;
+        }
+        return memory_.get();
+    }
+
+   private:
+    struct Delete {
+        void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<float, Delete> memory_;
+    int64_t size_ = 0;
 };
 
 template <class C>
@@ -149,15 +173,6 @@ FASTLM_INLINE void store_to(FloatType type, void* p, int64_t at, int64_t left, c
     return store_up_to(static_cast<Float16*>(p) + at, left, v);
 }
 
-// Keys or values of sixteen tokens of a head.
-template <class C>
-struct Rows {
-    const C* cache;
-    const int64_t* offsets;
-
-    FASTLM_INLINE const C* row(int token) const { return cache + offsets[token]; }
-};
-
 // Asks for the memory of one unit.
 template <class C>
 FASTLM_INLINE void fetch(const C* unit) {
@@ -165,66 +180,71 @@ FASTLM_INLINE void fetch(const C* unit) {
     for (size_t i = 0; i < kUnit * sizeof(C); i += 64) __builtin_prefetch(p + i);
 }
 
-// scores[row][token] = q[row] · k[token] of kRows rows. For each unit read one of `next` is fetched: all at once would fill
-// the processor's queue of outstanding loads and stop it.
+// scores[row] = q[row] · k of kRows rows. For each unit of k one of `ahead` is fetched.
 template <int kRows, class C>
-FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const Rows<C>& k, const Rows<C>& next,
-                                int64_t head_dim, float (*scores)[kTile]) {
-    for (int token = 0; token < kTile; token += 4) {
-        Floats sums[kRows][4];
+FASTLM_INLINE void dot_products(const float* q, int64_t padded_dim, const C* k, const C* ahead, int64_t head_dim,
+                                float* scores) {
+    Floats sums[4] = {}, others[4] = {}, keys[2];
+    const auto add = [&](int64_t i) __attribute__((always_inline)) {
         for (int row = 0; row < kRows; ++row) {
-            for (int t = 0; t < 4; ++t) sums[row][t] = Floats{};
+            sums[row] += load(q + row * padded_dim + i) * keys[0];
+            others[row] += load(q + row * padded_dim + i + kLanes) * keys[1];
         }
-        const C* at[4];
-        for (int t = 0; t < 4; ++t) at[t] = k.row(token + t);
-        const auto add = [&](int64_t i, const Floats (*keys)[2]) __attribute__((always_inline)) {
+    };
+    int64_t i = 0;
+    for (; i + kUnit <= head_dim; i += kUnit) {
+        load_unit(k + i, keys);
+        fetch(ahead + i);
+        add(i);
+    }
+    if (i < head_dim) {
+        load_part_of_unit(k + i, head_dim - i, keys);
+        fetch(ahead + i);
+        add(i);
+    }
+    for (int row = 0; row < kRows; ++row) sums[row] += others[row];
+    float results[4];
+    reduce_four<Add>(sums, results);
+    for (int row = 0; row < kRows; ++row) scores[row * kTile] = results[row];
+}
+
+// values[row] += weights[row] · v of kRows rows, the values being first multiplied by factor[row] where kFactor.
+template <int kRows, bool kFactor, class C>
+FASTLM_INLINE void add_values(float* values, int64_t padded_dim, const float* factor, const float* weights, const C* v,
+                              const C* ahead, int64_t head_dim) {
+    Floats weight[kRows], value[2];
+    for (int row = 0; row < kRows; ++row) weight[row] = broadcast(weights[row * kTile]);
+    const auto add = [&](int64_t i) __attribute__((always_inline)) {
+        for (int half = 0; half < 2; ++half) {
             for (int row = 0; row < kRows; ++row) {
-                for (int half = 0; half < 2; ++half) {
-                    const Floats query = load(q + row * padded_dim + i + half * kLanes);
-                    for (int t = 0; t < 4; ++t) sums[row][t] += query * keys[t][half];
-                }
+                float* at = values + row * padded_dim + i + half * kLanes;
+                store(at, (kFactor ? load(at) * factor[row] : load(at)) + weight[row] * value[half]);
             }
-        };
-        int64_t i = 0;
-        Floats keys[4][2];
-        for (; i + kUnit <= head_dim; i += kUnit) {
-            for (int t = 0; t < 4; ++t) {
-                load_unit(at[t] + i, keys[t]);
-                fetch(next.row(token + t) + i);
-            }
-            add(i, keys);
         }
-        if (i < head_dim) {
-            for (int t = 0; t < 4; ++t) load_part_of_unit(at[t] + i, head_dim - i, keys[t]);
-            add(i, keys);
-        }
-        for (int row = 0; row < kRows; ++row) reduce_four<Add>(sums[row], &scores[row][token]);
+    };
+    int64_t i = 0;
+    for (; i + kUnit <= head_dim; i += kUnit) {
+        load_unit(v + i, value);
+        fetch(ahead + i);
+        add(i);
+    }
+    if (i < head_dim) {
+        load_part_of_unit(v + i, head_dim - i, value);
+        fetch(ahead + i);
+        add(i);
     }
 }
 
-// values[row] = values[row] · factor[row] + Σ weights[row][token] · v[token], over kUnits units of the head from `at` on, or
-// the part of a unit that is `left`. Fetches `next` as above.
-template <int kRows, int kUnits, bool kPart, class C>
-FASTLM_INLINE void add_values(float* values, int64_t padded_dim, const float* factor, const float (*weights)[kTile],
-                              const Rows<C>& v, const Rows<C>& next, int64_t at, int64_t left) {
-    constexpr int kVectors = 2 * kUnits;
-    Floats sums[kRows][kVectors];
-    for (int row = 0; row < kRows; ++row) {
-        for (int i = 0; i < kVectors; ++i) sums[row][i] = load(values + row * padded_dim + at + i * kLanes) * factor[row];
-    }
-    for (int token = 0; token < kTile; ++token) {
-        Floats value[kVectors];
-        for (int i = 0; i < kUnits; ++i) {
-            const C* unit = v.row(token) + at + i * kUnit;
-            kPart ? load_part_of_unit(unit, left, value) : load_unit(unit, value + 2 * i);
-            fetch(next.row(token) + at + i * kUnit);
+// f.operator()<n>(row) for n rows from each `row` on, n being 4, and fewer for the last ones.
+template <class F>
+FASTLM_INLINE void for_rows(int64_t rows, const F& f) {
+    for (int64_t row = 0; row < rows; row += 4) {
+        switch (rows - row) {
+            case 1: f.template operator()<1>(row); break;
+            case 2: f.template operator()<2>(row); break;
+            case 3: f.template operator()<3>(row); break;
+            default: f.template operator()<4>(row);
         }
-        for (int row = 0; row < kRows; ++row) {
-            for (int i = 0; i < kVectors; ++i) sums[row][i] += weights[row][token] * value[i];
-        }
-    }
-    for (int row = 0; row < kRows; ++row) {
-        for (int i = 0; i < kVectors; ++i) store(values + row * padded_dim + at + i * kLanes, sums[row][i]);
     }
 }
 
@@ -256,52 +276,63 @@ struct Attend {
             std::fill(offsets + tiles_begin, offsets + (first - start), offsets[first - start]);
             std::fill(offsets + (last - start), offsets + tiles_end, offsets[last - start - 1]);
         }
-        thread_local std::vector<float> q_buffer;
-        q_buffer.assign(task.heads * work.rows * work.padded_dim, 0.0f);
+        const int64_t rows = work.rows, padded = work.padded_dim, head_dim = shape.head_dim;
+        const int64_t all_rows = task.heads * rows;
+        thread_local Buffer buffer;
+        float* q = buffer.of(all_rows * (2 * padded + kTile + 1));
+        float *values = q + all_rows * padded, *scores = values + all_rows * padded, *factors = scores + all_rows * kTile;
+        std::fill(q, scores, 0.0f);
         for (int64_t head = 0; head < task.heads; ++head) {
-            load_queries(work, task.batch, task.head + head, &q_buffer[head * work.rows * work.padded_dim]);
+            load_queries(work, task.batch, task.head + head, q + head * rows * padded);
             const Partial partial = work.partial(task.batch, task.head + head, task.split);
-            std::fill(partial.values, partial.maximum, 0.0f);
             std::fill(partial.maximum, partial.sum, kNone);
-            std::fill(partial.sum, partial.sum + work.rows, 0.0f);
+            std::fill(partial.sum, partial.sum + rows, 0.0f);
         }
-        const int64_t steps = (tiles_end - tiles_begin) / kTile * task.heads;
-        const int64_t steps_ahead = task.heads > 1 ? 2 : 1;  // heads lie in short runs, which take longer to come
-        for (int64_t i = 0; i < steps; ++i) {
-            const int64_t head = i % task.heads;
-            const Tile<C> tile = tile_of(work, task, tiles_begin, i, k_offsets, v_offsets);
-            const Tile<C> next = tile_of(work, task, tiles_begin, std::min(i + steps_ahead, steps - 1), k_offsets,
-                                        v_offsets);
-            const Partial partial = work.partial(task.batch, task.head + head, task.split);
-            const float* q = &q_buffer[head * work.rows * work.padded_dim];
-            for (int64_t row = 0; row < work.rows; row += 4) {
-                switch (work.rows - row) {
-                    case 1: softmax_step<1>(work, partial, q, row, tile, next); break;
-                    case 2: softmax_step<2>(work, partial, q, row, tile, next); break;
-                    case 3: softmax_step<3>(work, partial, q, row, tile, next); break;
-                    default: softmax_step<4>(work, partial, q, row, tile, next);
+        const C *k = call.k + task.head * call.strides.k_head, *v = call.v + task.head * call.strides.v_head;
+        const int64_t run = task.heads * head_dim * static_cast<int64_t>(sizeof(C));
+        const int64_t tokens_ahead = std::clamp<int64_t>(kBytesAhead / run, 1, kTile);
+        for (int64_t tile = tiles_begin; tile < tiles_end; tile += kTile) {
+            for (int64_t t = 0; t < kTile; ++t) {
+                const C* token = k + k_offsets[tile + t];
+                const C* ahead = t + tokens_ahead < kTile ? k + k_offsets[tile + t + tokens_ahead]
+                                                          : v + v_offsets[tile + t + tokens_ahead - kTile];
+                for (int64_t head = 0; head < task.heads; ++head) {
+                    for_rows(rows, [&]<int kRows>(int64_t row) __attribute__((always_inline)) {
+                        dot_products<kRows>(q + (head * rows + row) * padded, padded,
+                                            token + head * call.strides.k_head, ahead + head * head_dim, head_dim,
+                                            &scores[(head * rows + row) * kTile + t]);
+                    });
+                }
+            }
+            for (int64_t head = 0; head < task.heads; ++head) {
+                const Partial partial = work.partial(task.batch, task.head + head, task.split);
+                for_rows(rows, [&]<int kRows>(int64_t row) __attribute__((always_inline)) {
+                    softmax_step<kRows>(work, partial, row, start + tile, length - shape.query_len,
+                                        &scores[(head * rows + row) * kTile], &factors[head * rows + row]);
+                });
+            }
+            for (int64_t t = 0; t < kTile; ++t) {
+                const C* token = v + v_offsets[tile + t];
+                const int64_t next = std::min(tile + t + tokens_ahead, tiles_end - 1);
+                const C* ahead = t + tokens_ahead < kTile ? v + v_offsets[next] : k + k_offsets[next];
+                for (int64_t head = 0; head < task.heads; ++head) {
+                    const auto add = [&]<bool kFactor>() __attribute__((always_inline)) {
+                        for_rows(rows, [&]<int kRows>(int64_t row) __attribute__((always_inline)) {
+                            add_values<kRows, kFactor>(values + (head * rows + row) * padded, padded,
+                                                       &factors[head * rows + row],
+                                                       &scores[(head * rows + row) * kTile + t],
+                                                       token + head * call.strides.v_head, ahead + head * head_dim,
+                                                       head_dim);
+                        });
+                    };
+                    t == 0 ? add.template operator()<true>() : add.template operator()<false>();
                 }
             }
         }
-    }
-
-    template <class C>
-    struct Tile {
-        int64_t token;           // the first of sixteen
-        int64_t first_position;  // of the first query
-        Rows<C> k, v;
-    };
-
-    // Step i of a task: its heads in turn, tile by tile.
-    template <class C>
-    static FASTLM_INLINE Tile<C> tile_of(const Work<C>& work, const Task& task, int64_t tiles_begin, int64_t i,
-                                         const int64_t* k_offsets, const int64_t* v_offsets) {
-        const DecodeAttention<C>& call = *work.call;
-        const int64_t head = task.head + i % task.heads, t = tiles_begin + i / task.heads * kTile;
-        return {task.split * kSplit + t,
-                call.context_lens[task.batch] - call.shape.query_len,
-                {call.k + head * call.strides.k_head, k_offsets + t},
-                {call.v + head * call.strides.v_head, v_offsets + t}};
+        for (int64_t head = 0; head < task.heads; ++head) {
+            const Partial partial = work.partial(task.batch, task.head + head, task.split);
+            std::copy(values + head * rows * padded, values + (head + 1) * rows * padded, partial.values);
+        }
     }
 
     template <class C>
@@ -317,24 +348,23 @@ struct Attend {
         }
     }
 
-    // One step of the online softmax for kRows rows and a tile.
+    // One step of the online softmax for kRows rows and a tile that begins at `token`: turns scores into weights, and gives
+    // each row the factor that its sums have shrunk by. The first query stands at `first_position`.
     template <int kRows, class C>
-    static FASTLM_INLINE void softmax_step(const Work<C>& work, const Partial& partial, const float* q, int64_t row,
-                                           const Tile<C>& tile, const Tile<C>& next) {
+    static FASTLM_INLINE void softmax_step(const Work<C>& work, const Partial& partial, int64_t row, int64_t token,
+                                           int64_t first_position, float* scores, float* factor) {
         const DecodeAttention<C>& call = *work.call;
-        const int64_t head_dim = call.shape.head_dim, padded = work.padded_dim;
-        float scores[kRows][kTile], factor[kRows], highest[4], total[4];
+        float highest[4], total[4];
         Floats x[4] = {};
-        dot_products<kRows>(q + row * padded, padded, tile.k, next.k, head_dim, scores);
         for (int r = 0; r < kRows; ++r) {
-            const int64_t position = tile.first_position + (row + r) / work.group();
+            const int64_t position = first_position + (row + r) / work.group();
             const int64_t from = call.window ? position - call.window + 1 : 0;
-            x[r] = load(scores[r]);
+            x[r] = load(scores + r * kTile);
             if (call.softcap != 0.0f) x[r] = call.softcap * tanh(x[r] / call.softcap);
-            if (from > tile.token || position < tile.token + kTile - 1) {
+            if (from > token || position < token + kTile - 1) {
                 const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                x[r] = lane >= clamped(from - tile.token) ? x[r] : broadcast(kNone);
-                x[r] = lane <= clamped(position - tile.token) ? x[r] : broadcast(kNone);
+                x[r] = lane >= clamped(from - token) ? x[r] : broadcast(kNone);
+                x[r] = lane <= clamped(position - token) ? x[r] : broadcast(kNone);
             }
         }
         reduce_four<Maximum>(x, highest);
@@ -345,22 +375,10 @@ struct Attend {
             factor[r] = before == highest[r] ? 1.0f : exp(broadcast(before - shift))[0];
             before = highest[r];
             x[r] = exp(x[r] - shift);
-            store(scores[r], x[r]);
+            store(scores + r * kTile, x[r]);
         }
         reduce_four<Add>(x, total);
         for (int r = 0; r < kRows; ++r) partial.sum[row + r] = partial.sum[row + r] * factor[r] + total[r];
-        float* values = partial.values + row * padded;
-        int64_t i = 0;
-        for (; i + 2 * kUnit <= head_dim; i += 2 * kUnit) {
-            add_values<kRows, 2, false>(values, padded, factor, scores, tile.v, next.v, i, 0);
-        }
-        if (i + kUnit <= head_dim) {
-            add_values<kRows, 1, false>(values, padded, factor, scores, tile.v, next.v, i, 0);
-            i += kUnit;
-        }
-        if (i < head_dim) {
-            add_values<kRows, 1, true>(values, padded, factor, scores, tile.v, next.v, i, head_dim - i);
-        }
     }
 
     static FASTLM_INLINE int32_t clamped(int64_t lane) { return static_cast<int32_t>(std::clamp<int64_t>(lane, -1, kTile)); }
@@ -448,12 +466,14 @@ void decode_attention(const DecodeAttention<C>& call, int num_threads) {
     }
     const int64_t bytes = 2 * tokens * shape.kv_heads * shape.head_dim * static_cast<int64_t>(sizeof(C));
     if (bytes < kBytesForThreads) num_threads = 1;
-    const int64_t heads = splits >= kTasksAThread * num_threads ? shape.kv_heads : 1;
+    const bool is_dense = call.strides.k_head == shape.head_dim && call.strides.v_head == shape.head_dim;
+    const int64_t most_heads = kRun / (shape.head_dim * static_cast<int64_t>(sizeof(C)));
+    const int64_t heads = is_dense && splits >= kTasksAThread * num_threads ? std::max<int64_t>(most_heads, 1) : 1;
     std::vector<Task> tasks;
     for (int64_t batch = 0; batch < shape.batch; ++batch) {
         for (int64_t s = 0; s < sequences[batch].splits; ++s) {
             for (int64_t head = 0; head < shape.kv_heads; head += heads) {
-                tasks.push_back({batch, sequences[batch].first_split + s, head, heads});
+                tasks.push_back({batch, sequences[batch].first_split + s, head, std::min(heads, shape.kv_heads - head)});
             }
         }
     }

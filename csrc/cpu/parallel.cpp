@@ -1,9 +1,14 @@
-// A caller publishes its loop and raises `generation_`. Workers spin on that for a few microseconds after each loop, so
+// Where the process has an OpenMP runtime, which torch brings, loops run on its threads: they go on spinning for
+// milliseconds after each of torch's operations, and threads of our own would share the cores with them. Elsewhere, and
+// in a child after fork(), which that runtime does not survive, there is a pool.
+//
+// A caller of the pool publishes its loop and raises `generation_`. Workers spin on that for a few microseconds after each loop, so
 // that kernels that follow each other closely need no system call, and then sleep, so that they do not take a core from
 // another library's threads. Parts are handed out by a counter. One caller at a time has the workers; a second does its
 // loop alone, which costs less than waiting when all cores are busy anyway.
 #include "cpu/parallel.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -29,31 +34,59 @@ void pause() {
 #endif
 }
 
+// A loop whose parts several threads take in turn.
+class Loop {
+   public:
+    Loop(int64_t begin, int64_t end, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context)
+        : next_(begin), end_(end), grain_(grain), body_(body), context_(context) {}
+
+    void take_parts() {
+        for (;;) {
+            const int64_t from = next_.fetch_add(grain_, std::memory_order_relaxed);
+            if (from >= end_) return;
+            try {
+                body_(context_, from, std::min(from + grain_, end_));
+            } catch (...) {
+                next_.store(end_, std::memory_order_relaxed);
+                std::lock_guard lock(failed_);
+                if (!error_) error_ = std::current_exception();
+            }
+        }
+    }
+
+    void rethrow() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+   private:
+    std::atomic<int64_t> next_;
+    int64_t end_, grain_;
+    void (*body_)(void*, int64_t, int64_t);
+    void* context_;
+    std::mutex failed_;
+    std::exception_ptr error_;
+};
+
 class Pool {
    public:
-    void run(int64_t begin, int64_t end, int64_t grain, int num_threads, void (*body)(void*, int64_t, int64_t),
-             void* context) {
-        if (busy_.exchange(true, std::memory_order_acquire)) return body(context, begin, end);
-        const int64_t parts = (end - begin + grain - 1) / grain;
-        const int helpers = static_cast<int>(std::min<int64_t>({num_threads, parts, kMaxThreads})) - 1;
+    void run(Loop& loop, int num_threads) {
+        if (busy_.exchange(true, std::memory_order_acquire)) return loop.take_parts();
+        const int helpers = std::min(num_threads, kMaxThreads) - 1;
         start_workers(helpers);
         helpers_.store(helpers, std::memory_order_relaxed);
-        end_ = end, grain_ = grain, body_ = body, context_ = context, error_ = nullptr;
-        next_.store(begin, std::memory_order_relaxed);
+        loop_ = &loop;
         guests_.store(kOpen, std::memory_order_release);
         generation_.fetch_add(1);
         if (sleepers_.load() > 0) {
             { std::lock_guard lock(sleep_); }  // no worker is between its last look and its sleep
             wake_.notify_all();
         }
-        take_parts();
+        loop.take_parts();
         guests_.fetch_and(~kOpen);
         for (int spins = 0; guests_.load(std::memory_order_acquire) != 0; ++spins) {
             spins < kSpins ? pause() : std::this_thread::yield();
         }
-        const std::exception_ptr error = error_;
         busy_.store(false, std::memory_order_release);
-        if (error) std::rethrow_exception(error);
     }
 
    private:
@@ -63,11 +96,7 @@ class Pool {
     int workers_ = 0;  // this and the loop belong to the caller that has made busy_ true
 
     std::atomic<int> helpers_{0};  // how many workers may be inside at once
-    int64_t end_ = 0, grain_ = 0;
-    void (*body_)(void*, int64_t, int64_t) = nullptr;
-    void* context_ = nullptr;
-    std::exception_ptr error_;
-    std::atomic<int64_t> next_{0};
+    Loop* loop_ = nullptr;
     std::atomic<uint32_t> guests_{0};  // workers inside the loop, and kOpen while more may enter
 
     std::atomic<uint64_t> generation_{0};
@@ -86,20 +115,6 @@ class Pool {
         } catch (const std::system_error&) {  // the system gives no more threads: fewer do it too
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    }
-
-    void take_parts() {
-        for (;;) {
-            const int64_t from = next_.fetch_add(grain_, std::memory_order_relaxed);
-            if (from >= end_) return;
-            try {
-                body_(context_, from, std::min(from + grain_, end_));
-            } catch (...) {
-                next_.store(end_, std::memory_order_relaxed);
-                std::lock_guard lock(sleep_);
-                if (!error_) error_ = std::current_exception();
-            }
-        }
     }
 
     bool enter() {
@@ -123,22 +138,32 @@ class Pool {
             }
             seen = generation_.load(std::memory_order_acquire);
             if (enter()) {
-                take_parts();
+                loop_->take_parts();
                 guests_.fetch_sub(1, std::memory_order_release);
             }
         }
     }
 };
 
+// What `#pragma omp parallel` compiles to: fn(data) on num_threads threads. LLVM's and Intel's runtimes have it too.
+using OpenMp = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+
+std::atomic<bool> is_forked{false};
+
 // Never destroyed, since its threads run until the process ends. A child of fork() has none of them and makes another.
 std::atomic<Pool*> pool{nullptr};
+
+void watch_forks() {
+    static const int watched = pthread_atfork(nullptr, nullptr, [] {
+        pool.store(nullptr, std::memory_order_relaxed);
+        is_forked.store(true, std::memory_order_relaxed);
+    });
+    static_cast<void>(watched);
+}
 
 Pool& get_pool() {
     Pool* current = pool.load(std::memory_order_acquire);
     if (current) return *current;
-    static const int forgets_in_children =
-        pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_relaxed); });
-    static_cast<void>(forgets_in_children);
     Pool* made = new Pool;
     if (pool.compare_exchange_strong(current, made, std::memory_order_acq_rel)) return *made;
     delete made;
@@ -151,7 +176,17 @@ void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
                     void (*body)(void* context, int64_t from, int64_t to), void* context) {
     if (begin >= end) return;
     if (num_threads <= 1 || end - begin <= grain) return body(context, begin, end);
-    get_pool().run(begin, end, grain, num_threads, body, context);
+    watch_forks();
+    static const auto open_mp = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    Loop loop(begin, end, grain, body, context);
+    if (open_mp && !is_forked.load(std::memory_order_relaxed)) {
+        // As many threads as torch asks for, even where there are fewer parts: the runtime ends those that a smaller team
+        // leaves out, and starts them anew for the next.
+        open_mp([](void* data) { static_cast<Loop*>(data)->take_parts(); }, &loop, static_cast<unsigned>(num_threads), 0);
+    } else {
+        get_pool().run(loop, num_threads);
+    }
+    loop.rethrow();
 }
 
 }  // namespace fastlm::cpu

@@ -12,9 +12,8 @@ namespace fastlm::cpu {
 // thread and at most num_threads - 1 others; returns when all are done. An exception of a part is thrown again here, and
 // parts not yet begun are left out. Which thread takes a part is left to chance, so a part must not care.
 //
-// The calling thread does all by itself when there is one part, and when the threads are at work for another caller or
-// for this one further up. It waits only for threads that have begun. May be called from any thread, and in a child
-// after fork(), which gets threads of its own.
+// The calling thread does all by itself when there is one part, and inside another such loop. May be called from any
+// thread, and in a child after fork(), which gets threads of its own.
 void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
                     void (*body)(void* context, int64_t from, int64_t to), void* context);
 

@@ -19,6 +19,7 @@ import torch
 
 from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference.block_manager import BlockManager
+from fastlm.inference.cuda_graphs import record_on_gpu
 from fastlm.inference.grammar import GrammarCompiler
 from fastlm.inference.memory import blocks_in
 from fastlm.inference.model_runner import ChunkResult, ModelRunner
@@ -81,6 +82,7 @@ class Engine:
             time the context is full, so that tokens follow from context_length / 2 to context_length tokens.
         num_drafts: speculative decoding: up to this many tokens (at most 7), guessed from what followed the latest
             tokens where they stood before, are computed together with the next token. Changes the speed alone.
+        cuda_graphs: on a GPU, record steps that give each sequence one token, and replay them. Changes the speed alone.
 
     Raises:
         ConfigError: model and tokenizer do not fit, or an option makes no sense.
@@ -99,6 +101,7 @@ class Engine:
         prefix_caching: bool = True,
         past_context: PastContext = "stop",
         num_drafts: int = 0,
+        cuda_graphs: bool = True,
     ) -> None:
         _require_fit(model, tokenizer)
         for name, value in (("block_size", block_size), ("max_sequences", max_sequences)):
@@ -123,7 +126,8 @@ class Engine:
             longest = -(-self.context_length // block_size)
             per_block = PagedCache.bytes_per_block(model, block_size)
             num_blocks = blocks_in(memory, per_block, max_sequences * longest, model.output_weight.device)
-            cache = PagedCache(model, num_blocks, block_size)
+            record = record_on_gpu if cuda_graphs and model.output_weight.device.type == "cuda" else None
+            cache = PagedCache(model, num_blocks, block_size, max_sequences, record)
             self.blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
         else:
             self.context_length = None

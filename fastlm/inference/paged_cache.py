@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm._core import native, native_missing
+from fastlm.inference.cuda_graphs import DecodeGraphs, Record, StaticStep
 from fastlm.inference.native_decoder import Group, NativeDecoder, unsupported
 from fastlm.inference.scheduler import Chunk
 from fastlm.model import Transformer
@@ -32,13 +33,29 @@ class PagedCache:
     """Memory for `num_blocks` blocks in each layer: `keys[layer]` and `values[layer]` are
     `(num_blocks, block_size, kv_heads, head_dim)`."""
 
-    def __init__(self, model: Transformer, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: Transformer, num_blocks: int, block_size: int, max_sequences: int = 0, record: Record | None = None
+    ) -> None:
+        """With `record`, steps of one token a sequence are recorded and replayed, as `cuda_graphs` says."""
         c = model.config
-        shape, device = (num_blocks, block_size, c.num_kv_heads, c.head_dim), model.output_weight.device
+        device = model.output_weight.device
+        shape = (num_blocks + (record is not None), block_size, c.num_kv_heads, c.head_dim)
         dtype = cache_dtype(model)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(c.num_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
-        self._native = NativeDecoder(model, self.keys, self.values) if unsupported(model) is None else None
+        self._native = None
+        self._graphs = None
+        if record is not None:
+            self._graphs = DecodeGraphs(
+                lambda step: model.hidden_states(step.ids[None], RecordedStep(self, step, c.context_length))[0],
+                max_sequences,
+                max_blocks=-(-c.context_length // block_size),
+                free_slot=num_blocks * block_size,
+                device=device,
+                record=record,
+            )
+        elif unsupported(model) is None:
+            self._native = NativeDecoder(model, self.keys, self.values)
 
     @staticmethod
     def bytes_per_block(model: Transformer, block_size: int) -> int:
@@ -54,6 +71,11 @@ class PagedCache:
         hidden = None
         if self._native is not None and not step.prefills:
             hidden = self._native.hidden_states(ids, step.positions(0)[0], step.slots, step.groups, step.end(0))
+        if self._graphs is not None and step.decodes:
+            group = step.groups[0]
+            hidden = self._graphs.hidden_states(
+                ids, step.positions(0)[0], step.slots, group.block_table, group.context_lens
+            )
         if hidden is None:
             hidden = model.hidden_states(ids[None], step)[0]
         if step.prefills and native_missing() is None and any(chunk.reaches_end for chunk in chunks):
@@ -111,6 +133,11 @@ class PagedStep:
         self._positions = torch.tensor([positions], device=device)
         self.slots = torch.tensor(slots, device=device)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one new token."""
+        return not self.prefills and len(self.groups) == 1 and self.groups[0].query_len == 1
+
     def end(self, seq: int) -> int:
         return self._end
 
@@ -165,6 +192,19 @@ class PagedStep:
             assert isinstance(its_out, Tensor)
             out[rows] = its_out[0]
         return out[None]
+
+
+class RecordedStep(PagedStep):
+    """A step whose inputs stay where they are, and may be of any length up to `context_length`."""
+
+    def __init__(self, cache: PagedCache, step: StaticStep, context_length: int) -> None:
+        size = len(step.ids)
+        self._cache = cache
+        self._end = context_length
+        self._positions = step.positions[None]
+        self.slots = step.slots
+        self.groups = [Group(slice(0, size), size, 1, step.block_table, step.context_lens)]
+        self.prefills = []
 
 
 def _gather(memory: Tensor, prefill: _Prefill, window: int | None) -> Tensor:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastlm.model import ModelConfig, RNNConfig, build_model
+from fastlm.model import ModelConfig, RNNConfig, Transformer, build_model
 from fastlm.model.checkpoint import LanguageModel
 from fastlm.tokenizer import BpeTrainer, Tokenizer
 
+CONTEXT = 64  # tokens, of `paged` and `llama`
 TEXT = "이 영화는 정말 재미있었다. The film was good, 음악도 좋았다! 🎬\n" * 30
 
 
@@ -44,3 +45,20 @@ def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> LanguageModel
 @pytest.fixture
 def transformer(tokenizer: Tokenizer) -> LanguageModel:
     return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, 16))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def paged(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Transformer:
+    """With and without what the cache must be told of a layer: window, softcap and scale."""
+    settings = {"qk_norm": True}
+    if request.param == "gemma":
+        settings |= {"sliding_window": 9, "full_attention_layers": (1,), "rope_local_theta": 100.0}
+        settings |= {"attention_softcap": 2.0, "query_pre_attn_scalar": 5.0, "logit_softcap": 9.0}
+    model = random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, **settings))
+    assert isinstance(model, Transformer)
+    return model
+
+
+@pytest.fixture
+def llama(tokenizer: Tokenizer) -> Transformer:
+    return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, qk_norm=True))

@@ -14,26 +14,7 @@ from fastlm.model import ModelConfig, Transformer, save_model
 from fastlm.ops import sample
 from fastlm.ops.sampling.reference import filtered, penalized, typical, uniform
 from fastlm.tokenizer import Tokenizer
-from tests.inference.conftest import random_model
-
-CONTEXT = 64
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma"])
-def paged(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Transformer:
-    """With and without what the cache must be told of a layer: window, softcap and scale."""
-    settings = {"qk_norm": True}
-    if request.param == "gemma":
-        settings |= {"sliding_window": 9, "full_attention_layers": (1,), "rope_local_theta": 100.0}
-        settings |= {"attention_softcap": 2.0, "query_pre_attn_scalar": 5.0, "logit_softcap": 9.0}
-    model = random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, **settings))
-    assert isinstance(model, Transformer)
-    return model
-
-
-@pytest.fixture
-def llama(tokenizer: Tokenizer) -> Transformer:
-    return random_model(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48, CONTEXT, qk_norm=True))
+from tests.inference.conftest import CONTEXT, random_model
 
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, *, num_blocks: int, block_size: int = 4, **options) -> Engine:

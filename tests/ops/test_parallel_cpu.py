@@ -165,11 +165,13 @@ def test_there_are_as_many_threads_as_torch_is_told_to_use() -> None:
 import os, torch
 from fastlm.ops import swiglu
 x = torch.randn(600, 1030)
-def count(threads):
+torch.set_num_threads(1)
+swiglu(x, x)
+before = len(os.listdir("/proc/self/task"))
+def others(threads):
     torch.set_num_threads(threads)
-    before = len(os.listdir("/proc/self/task"))
     swiglu(x, x)
     return len(os.listdir("/proc/self/task")) - before
-print([count(threads) for threads in (1, 3, 2, 3, 4)])
+print([others(threads) for threads in (1, 3, 2, 3, 4)])
 """
-    assert in_a_new_interpreter(script) == "[0, 2, 0, 0, 1]\n"
+    assert in_a_new_interpreter(script) == "[0, 2, 1, 2, 3]\n"

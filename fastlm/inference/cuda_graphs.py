@@ -1,0 +1,133 @@
+"""Decoding steps recorded once and replayed, so that a GPU does not wait for Python between a layer's small kernels.
+
+A step of one token a sequence always runs the same kernels; only what they read differs. So it is recorded with inputs
+at fixed addresses, for a few numbers of sequences, and later steps copy their inputs there and replay the record (CUDA
+Programming Guide, "CUDA Graphs"). A step with fewer sequences is filled up with ones of no tokens, which write their
+keys to a block that is nobody's and see nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import BackendError
+
+WITHOUT = "make the engine with cuda_graphs=False, and report it with `fastlm doctor`'s output"
+LARGEST_ERROR = 0.02  # relative; what bf16 may lose where a library takes another algorithm
+
+Step = Callable[["StaticStep"], Tensor]  # the hidden states of a step, (tokens, hidden_size)
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # -> (replay, its result, computed once)
+
+
+@dataclass(frozen=True)
+class StaticStep:
+    """Inputs of a step of `size` sequences with one new token each, at addresses that stay."""
+
+    ids: Tensor  # (size,) int64
+    positions: Tensor  # (size,) int64
+    slots: Tensor  # (size,) int64
+    block_table: Tensor  # (size, max_blocks) int32
+    context_lens: Tensor  # (size,) int32
+
+
+def record_on_gpu(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Runs once as usual, since kernels are compiled and chosen then, and once to be recorded; both must say the same.
+
+    Raises:
+        BackendError: something in `run` cannot be recorded, or reads what has moved when it is replayed.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = run().clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    except RuntimeError as error:
+        raise BackendError(f"a decoding step cannot be recorded as a CUDA graph: {error}; {WITHOUT}") from error
+    graph.replay()
+    require_same(result, expected)
+    return graph.replay, result
+
+
+def require_same(result: Tensor, expected: Tensor) -> None:
+    """Raises BackendError unless a replayed step gave, within rounding, what the same step gives as usual."""
+    error = (result - expected).float().norm() / expected.float().norm()
+    if error > LARGEST_ERROR:
+        raise BackendError(f"a decoding step replayed as a CUDA graph is off by {error:.1e} of its norm; {WITHOUT}")
+
+
+def sizes(max_sequences: int) -> list[int]:
+    """The numbers of sequences that steps are recorded for: padding never doubles the work, nor adds more than 7."""
+    return [size for size in (1, 2, 4) if size < max_sequences] + list(range(8, max_sequences + 8, 8))
+
+
+class DecodeGraphs:
+    """Records of decoding steps of up to `max_sequences` sequences, made when a size is first needed.
+
+    Args:
+        run: computes a step. It must read nothing but the step's tensors and what does not move.
+        max_blocks: the most blocks that a sequence has.
+        free_slot: a token of the cache that is nobody's.
+        record: as `record_on_gpu`.
+    """
+
+    def __init__(
+        self,
+        run: Step,
+        max_sequences: int,
+        max_blocks: int,
+        free_slot: int,
+        device: torch.device,
+        record: Record = record_on_gpu,
+    ) -> None:
+        self._run = run
+        self._sizes = sizes(max_sequences)
+        self._max_blocks = max_blocks
+        self._free_slot = free_slot
+        self._device = device
+        self._record = record
+        self._steps: dict[int, StaticStep] = {}
+        self._records: dict[int, tuple[Callable[[], None], Tensor]] = {}  # replay, and where the result lies
+
+    def hidden_states(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, context_lens: Tensor
+    ) -> Tensor | None:
+        """`(tokens, hidden_size)`, valid until the next step; None for more sequences than any record has."""
+        count = len(ids)
+        size = next((size for size in self._sizes if size >= count), None)
+        if size is None:
+            return None
+        if size not in self._steps:
+            self._steps[size] = self._empty(size)
+        step = self._steps[size]
+        step.ids[:count] = ids
+        step.positions[:count] = positions
+        step.slots[:count] = slots
+        step.slots[count:] = self._free_slot
+        step.block_table[:count, : block_table.shape[1]] = block_table
+        step.context_lens[:count] = context_lens
+        step.context_lens[count:] = 0
+        if size not in self._records:
+            self._records[size] = self._record(lambda: self._run(step))
+        else:
+            self._records[size][0]()
+        return self._records[size][1][:count]
+
+    def _empty(self, size: int) -> StaticStep:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        return StaticStep(
+            ids=zeros(size),
+            positions=zeros(size),
+            slots=zeros(size) + self._free_slot,
+            block_table=zeros(size, self._max_blocks, dtype=torch.int32),
+            context_lens=zeros(size, dtype=torch.int32),
+        )
