@@ -45,7 +45,11 @@ def on_the_triton_backend(monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
 
 
-def make(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], int, dict[str, Any]]:
+def tokens(count: int) -> Tensor:
+    return torch.tensor(count, dtype=torch.int32)
+
+
+def make(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
     """As `paged` makes them, the first blocks being the first sequence's for all. On a GPU eight times as long."""
     query_len, heads, kv_heads, head_dim, block_size, shared, lengths, options = CASES[case]
     if device == "cuda":
@@ -58,7 +62,7 @@ def make(case: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], int,
     )
     if "sinks" in options:
         options = options | {"sinks": torch.randn(heads, device=device).to(dtype)}
-    return [t.to(device) for t in (q, k, v, table, context_lens)], shared, options
+    return [t.to(device) for t in (q, k, v, table, context_lens)], tokens(shared).to(device), options
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,13 +84,13 @@ def test_quantized_caches_share_too(device):
     assert torch.equal(decode_attention(q, k, v, table, lengths, **options, num_shared_tokens=shared), expected)
 
 
-def own_tables_spoiled(tensors: list[Tensor], shared: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def own_tables_spoiled(tensors: list[Tensor], shared: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Outputs with the shared part of every table but the first leading nowhere, and of the untouched tables."""
     from fastlm.ops.decode_attention import triton as kernels
 
     q, k, v, table, lengths = tensors
     spoiled = table.clone()
-    spoiled[1:, : shared // k.shape[1]] = -1
+    spoiled[1:, : int(shared) // k.shape[1]] = -1
     full = {"scale": q.shape[-1] ** -0.5, "window": None, "softcap": None, "sinks": None} | options
 
     def run(table: Tensor) -> Tensor:
@@ -125,15 +129,23 @@ def test_other_backends_take_the_promise_and_give_the_same(backend, device, monk
 
 def test_a_promise_that_is_not_kept_is_told_on_the_cpu():
     (q, k, v, table, lengths), _, _ = make("one query without groups", torch.float32, "cpu")
-    with pytest.raises(ValueError, match=r"multiple of block_size \(8\) from 0 to 88, not 12"):
-        decode_attention(q, k, v, table, lengths, num_shared_tokens=12)
-    with pytest.raises(ValueError, match=r"from 0 to 88, not -8"):
-        decode_attention(q, k, v, table, lengths, num_shared_tokens=-8)
-    with pytest.raises(ValueError, match="is 72, but a sequence has only 64 tokens"):
-        decode_attention(q, k, v, table, lengths, num_shared_tokens=72)
+    with pytest.raises(ValueError, match=r"must be \(\) int32, not \(1,\) torch.int64"):
+        decode_attention(q, k, v, table, lengths, num_shared_tokens=torch.tensor([16]))
+    with pytest.raises(ValueError, match="is 65, but a sequence has only 64 tokens"):
+        decode_attention(q, k, v, table, lengths, num_shared_tokens=tokens(65))
     table[2, 1] += 1
-    with pytest.raises(ValueError, match="first 2 blocks differ"):
-        decode_attention(q, k, v, table, lengths, num_shared_tokens=16)
+    with pytest.raises(ValueError, match="is 9, but the first 2 blocks differ"):
+        decode_attention(q, k, v, table, lengths, num_shared_tokens=tokens(9))
+
+
+@pytest.mark.parametrize("shared", [-5, 0, 1, 40, 63])
+def test_any_part_of_the_prefix_may_be_promised_and_sequences_of_no_tokens_do_not_count(shared, device):
+    (q, k, v, table, lengths), _, _ = make("one query without groups", torch.float32, device)
+    for empty in (1, 0):
+        lengths[empty], table[empty] = 0, -1
+        expected = decode_attention(q, k, v, table, lengths)
+        promise = tokens(shared).to(device)
+        assert torch.equal(decode_attention(q, k, v, table, lengths, num_shared_tokens=promise), expected)
 
 
 @pytest.mark.aot

@@ -293,11 +293,11 @@ def compile_split(chip: int, head_dim: int, rows: int, q: str, cache: str, **fla
         "k_ptr": f"*{cache}",
         "v_ptr": f"*{cache}",
     }
-    signature |= {"table_ptr": "*i32", "lengths_ptr": "*i32"}
+    signature |= {"table_ptr": "*i32", "lengths_ptr": "*i32", "num_shared_ptr": "*i32"}
     strides = [n for n in names if n.endswith("_stride")]
     signature |= dict.fromkeys(strides, "i32")
     signature |= dict.fromkeys(
-        ["table_width", "blocks", "slots", "kv_heads", "group", "query_len", "window", "batch_size", "num_shared"],
+        ["table_width", "blocks", "slots", "kv_heads", "group", "query_len", "window", "batch_size"],
         "i32",
     )  # fmt: skip
     constants: dict[str, Any] = {"WINDOW": False, "SOFTCAP": False, "SINKS": False, "SCALED": scaled, "DIRECT": False}

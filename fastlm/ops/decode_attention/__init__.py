@@ -29,7 +29,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     """out = softmax(cap(q · kᵀ · scale)) · v, k and v being the tokens of each sequence's own blocks.
 
@@ -50,6 +50,10 @@ def decode_attention(
         sinks: `(heads,)`, a logit a head that joins the softmax's denominator and brings no value.
         k_scale, v_scale: fp32, broadcasting to `(blocks, block_size, kv_heads)`, of int8 and fp8 caches, which need
             them: keys are k_cache · k_scale, values v_cache · v_scale. One for a token and head, or `(kv_heads,)`.
+        num_shared_tokens: `()` int32, a promise: the first so many tokens lie in the same blocks in all sequences that
+            have any tokens, as a prefix cache leaves them, and all of these have as many or more. A backend may then
+            read them once for several sequences. It changes no bit of the result. A tensor, so that a recorded CUDA
+            graph serves other prefixes too.
 
     Returns:
         `(batch, query_len, heads, head_dim)` in q's dtype. Sums are fp32. No gradient.
@@ -64,7 +68,7 @@ def decode_attention(
     """
     _check(q, k_cache, v_cache, block_table, context_lens, window, softcap)
     _check_extras(q, k_cache, sinks, k_scale, v_scale)
-    if num_shared_tokens:
+    if num_shared_tokens is not None:
         _check_shared(k_cache.shape[1], block_table, context_lens, num_shared_tokens)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -138,19 +142,21 @@ def _check_extras(
             )
 
 
-def _check_shared(block_size: int, block_table: Tensor, context_lens: Tensor, num_shared_tokens: int) -> None:
-    blocks, rest = divmod(num_shared_tokens, block_size)
-    if rest or not 0 <= blocks <= block_table.shape[1]:
+def _check_shared(block_size: int, block_table: Tensor, context_lens: Tensor, num_shared_tokens: Tensor) -> None:
+    if num_shared_tokens.dim() or num_shared_tokens.dtype != torch.int32:
         raise ValueError(
-            f"num_shared_tokens must be a multiple of block_size ({block_size}) from 0 to "
-            f"{block_table.shape[1] * block_size}, not {num_shared_tokens}"
+            f"num_shared_tokens must be () int32, not {tuple(num_shared_tokens.shape)} {num_shared_tokens.dtype}"
         )
-    if block_table.device.type != "cpu" or len(block_table) == 0:
+    if num_shared_tokens.device.type != "cpu":
         return
-    if (shortest := int(context_lens.min())) < num_shared_tokens:
-        raise ValueError(f"num_shared_tokens is {num_shared_tokens}, but a sequence has only {shortest} tokens")
-    if not (block_table[:, :blocks] == block_table[:1, :blocks]).all():
-        raise ValueError(f"num_shared_tokens is {num_shared_tokens}, but the first {blocks} blocks differ")
+    shared, rows = int(num_shared_tokens), context_lens > 0
+    if shared <= 0 or not rows.any():
+        return
+    if (shortest := int(context_lens[rows].min())) < shared:
+        raise ValueError(f"num_shared_tokens is {shared}, but a sequence has only {shortest} tokens")
+    tables = block_table[rows, : -(-shared // block_size)]
+    if not (tables == tables[0]).all():
+        raise ValueError(f"num_shared_tokens is {shared}, but the first {tables.shape[1]} blocks differ")
 
 
 # The CUDA core takes one launch where Triton takes two, so it should be quicker where there is little to read. That has
@@ -170,7 +176,7 @@ def _run(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     backend = OP.select(
         q, k_cache, v_cache, block_table, context_lens, scale=scale, window=window, softcap=softcap, sinks=sinks,
@@ -194,7 +200,7 @@ def _fake(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -216,7 +222,7 @@ class _DecodeAttention(torch.autograd.Function):
 _decode_attention = define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor context_lens, float scale, "
     "int? window, float? softcap, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "
-    "int num_shared_tokens=0) -> Tensor",
+    "Tensor? num_shared_tokens=None) -> Tensor",
     _run,
     _fake,
     _DecodeAttention,

@@ -26,7 +26,7 @@ def supports(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> str | None:
     if q.dtype not in DTYPES:
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
@@ -51,7 +51,7 @@ def decode_attention(
     sinks: None,
     k_scale: None,
     v_scale: None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
     if q.stride(3) != 1:

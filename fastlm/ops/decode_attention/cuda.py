@@ -36,7 +36,7 @@ def supports(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> str | None:
     if q.dtype not in DTYPES:
         return f"supports fp32, bf16 and fp16, not {q.dtype}"
@@ -77,7 +77,7 @@ def decode_attention(
     sinks: Tensor | None,
     k_scale: None,
     v_scale: None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     device, shape = q.device, q.shape
     out = torch.empty(shape, dtype=q.dtype, device=device)

@@ -22,7 +22,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     """Computes in fp32, or in fp64 for fp64 input."""
     wide = torch.promote_types(q.dtype, torch.float32)

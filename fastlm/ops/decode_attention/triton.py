@@ -56,7 +56,7 @@ def supports(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> str | None:
     head_dim, chip = q.shape[-1], capability(q.device)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -143,15 +143,15 @@ def _widened(tile, dtype: tl.constexpr, SCALED: tl.constexpr):
     return tile.to(dtype)
 
 
-@triton.jit(do_not_specialize=["table_stride", "table_width", "blocks", "slots", "window", "batch_size", "num_shared"])
+@triton.jit(do_not_specialize=["table_stride", "table_width", "blocks", "slots", "window", "batch_size"])
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, lengths_ptr,
-    out_ptr, acc_ptr, highest_ptr, total_ptr, q_batch_stride, q_stride, q_head_stride,
+    num_shared_ptr, out_ptr, acc_ptr, highest_ptr, total_ptr, q_batch_stride, q_stride, q_head_stride,
     k_block_stride, k_slot_stride, k_head_stride, v_block_stride, v_slot_stride, v_head_stride,
     k_scale_block_stride, k_scale_slot_stride, k_scale_head_stride,
     v_scale_block_stride, v_scale_slot_stride, v_scale_head_stride,
     table_stride, table_width, blocks, slots, kv_heads, group, query_len, window, inner, factor,
-    batch_size, num_shared,
+    batch_size,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
     DIRECT: tl.constexpr, CASCADE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr,
@@ -175,11 +175,12 @@ def _split_kernel(
         WINDOW, BLOCK_N, MIN_SPLIT, MAX_SPLITS, MAX_QUERY_LEN,
     )  # fmt: skip
     if CASCADE:
-        _, _, shared_size, _, _, _ = _extent(
+        shared_length, _, shared_size, _, _, _ = _extent(
             lengths_ptr, table_width * BLOCK_SIZE, query_len, window,
             WINDOW, BLOCK_N, MIN_SPLIT, MAX_SPLITS, MAX_QUERY_LEN,
         )  # fmt: skip
-        shared_splits = tl.where(size == shared_size, num_shared // size, 0)
+        shares = (size == shared_size) & (shared_length > 0)
+        shared_splits = tl.where(shares, tl.load(num_shared_ptr) // size, 0)
         if tl.where(is_shared, slot >= shared_splits, (slot < shared_splits) | (slot >= splits)):
             return
     elif not DIRECT:  # noqa: SIM102  (this decides when compiling)
@@ -331,7 +332,7 @@ def decode_attention(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    num_shared_tokens: int = 0,
+    num_shared_tokens: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -353,7 +354,7 @@ def decode_attention(
     row_tiles = triton.cdiv(rows, cut.block_m)
     shared_tiles = 0
     # Windows leave the prefix behind; beyond 256 dimensions there are no registers left for the rows' own sequences.
-    if num_shared_tokens >= MIN_SPLIT and not direct and window is None and head_dim <= 256:
+    if num_shared_tokens is not None and not direct and window is None and head_dim <= 256:
         shared_tiles = triton.cdiv(batch * rows, cut.block_m)
         if shared_tiles == batch * row_tiles:  # not one tile fewer
             shared_tiles = 0
@@ -379,11 +380,12 @@ def decode_attention(
     scales = (q, q) if k_scale is None or v_scale is None else (k_scale, v_scale)
     scale_strides = (0,) * 6 if k_scale is None or v_scale is None else (*k_scale.stride(), *v_scale.stride())
     _split_kernel[((shared_tiles + batch * row_tiles) * kv_heads, slots)](
-        q, k_cache, v_cache, *scales, sinks, block_table, context_lens, out, acc, highest, total,
+        q, k_cache, v_cache, *scales, sinks, block_table, context_lens,
+        q if num_shared_tokens is None else num_shared_tokens, out, acc, highest, total,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *scale_strides,
         block_table.stride(0), table_width, blocks, slots, kv_heads, group, query_len, window_size,
         0.0 if softcap is None else scale / softcap, (scale if softcap is None else softcap) / math.log(2),
-        batch, num_shared_tokens,
+        batch,
         SOFTCAP=softcap is not None, SCALED=quantized, WIDE=mixed, DIRECT=direct, CASCADE=shared_tiles > 0,
         BLOCK_M=cut.block_m, PRECISION=precision, STAGES=cut.num_stages, num_warps=cut.num_warps, **shared,
     )  # fmt: skip
