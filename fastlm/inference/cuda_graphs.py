@@ -32,6 +32,7 @@ class StaticStep:
     slots: Tensor  # (size,) int64
     block_table: Tensor  # (size, max_blocks) int32
     context_lens: Tensor  # (size,) int32
+    num_shared_tokens: Tensor  # () int32
 
 
 def record_on_gpu(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -97,7 +98,13 @@ class DecodeGraphs:
         self._records: dict[int, tuple[Callable[[], None], Tensor]] = {}  # replay, and where the result lies
 
     def hidden_states(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, context_lens: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        context_lens: Tensor,
+        num_shared_tokens: Tensor | None,
     ) -> Tensor | None:
         """`(tokens, hidden_size)`, valid until the next step; None for more sequences than any record has."""
         count = len(ids)
@@ -114,6 +121,8 @@ class DecodeGraphs:
         step.block_table[:count, : block_table.shape[1]] = block_table
         step.context_lens[:count] = context_lens
         step.context_lens[count:] = 0
+        if num_shared_tokens is not None:
+            step.num_shared_tokens.copy_(num_shared_tokens)
         if size not in self._records:
             self._records[size] = self._record(lambda: self._run(step))
         else:
@@ -130,4 +139,5 @@ class DecodeGraphs:
             slots=zeros(size) + self._free_slot,
             block_table=zeros(size, self._max_blocks, dtype=torch.int32),
             context_lens=zeros(size, dtype=torch.int32),
+            num_shared_tokens=zeros(dtype=torch.int32),
         )

@@ -39,6 +39,7 @@ class Group:
     query_len: int
     block_table: Tensor  # (size, max_blocks) int32
     context_lens: Tensor  # (size,) int32
+    num_shared_tokens: Tensor | None = None  # () int32
 
 
 def unsupported(model: Transformer) -> str | None:

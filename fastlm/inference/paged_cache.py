@@ -17,6 +17,7 @@ from fastlm._core import native, native_missing
 from fastlm.inference.cuda_graphs import DecodeGraphs, Record, StaticStep
 from fastlm.inference.native_decoder import Group, NativeDecoder, unsupported
 from fastlm.inference.scheduler import Chunk
+from fastlm.inference.shared_prefix import for_kernels
 from fastlm.model import Transformer
 from fastlm.nn import QuantizedLinear
 from fastlm.ops import attention, decode_attention
@@ -74,8 +75,9 @@ class PagedCache:
         if self._graphs is not None and step.decodes:
             group = step.groups[0]
             hidden = self._graphs.hidden_states(
-                ids, step.positions(0)[0], step.slots, group.block_table, group.context_lens
-            )
+                ids, step.positions(0)[0], step.slots, group.block_table, group.context_lens,
+                group.num_shared_tokens,
+            )  # fmt: skip
         if hidden is None:
             hidden = model.hidden_states(ids[None], step)[0]
         if step.prefills and native_missing() is None and any(chunk.reaches_end for chunk in chunks):
@@ -120,13 +122,15 @@ class PagedStep:
             if query_len <= MAX_QUERY_LEN:
                 longest = max(len(chunk.sequence.table.blocks) for chunk in group)
                 table = [c.sequence.table.blocks + [0] * (longest - len(c.sequence.table.blocks)) for c in group]
+                lengths = [c.start + query_len for c in group]
                 self.groups.append(
                     Group(
                         slice(first_row, len(positions)),
                         len(group),
                         query_len,
                         torch.tensor(table, dtype=torch.int32, device=device),
-                        torch.tensor([c.start + query_len for c in group], dtype=torch.int32, device=device),
+                        torch.tensor(lengths, dtype=torch.int32, device=device),
+                        for_kernels(table, lengths, block_size, device),
                     )
                 )
         self._end = max(positions) + 1
@@ -173,6 +177,7 @@ class PagedStep:
                 scale=scale,
                 window=window,
                 softcap=softcap,
+                num_shared_tokens=group.num_shared_tokens,
             ).flatten(0, 1)
         for prefill in self.prefills:
             rows = prefill.rows
@@ -203,7 +208,8 @@ class RecordedStep(PagedStep):
         self._end = context_length
         self._positions = step.positions[None]
         self.slots = step.slots
-        self.groups = [Group(slice(0, size), size, 1, step.block_table, step.context_lens)]
+        shared = None if step.ids.device.type == "cpu" else step.num_shared_tokens
+        self.groups = [Group(slice(0, size), size, 1, step.block_table, step.context_lens, shared)]
         self.prefills = []
 
 

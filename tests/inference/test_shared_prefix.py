@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastlm.inference import Engine, SamplingParams, paged_cache
+from fastlm.inference.shared_prefix import for_kernels, num_shared_tokens
+from tests.inference.test_engine import run, tokens_of
+
+
+def test_counts_the_blocks_that_all_begin_with() -> None:
+    assert num_shared_tokens([[5, 3, 9], [5, 3, 2], [5, 3]], [12, 10, 8], 4) == 8
+    assert (
+        num_shared_tokens([[5, 3, 9], [5, 3, 9]], [11, 12], 4) == 8
+    )  # the last block is not full of the first's tokens
+    assert num_shared_tokens([[5, 3], [4, 3]], [8, 8], 4) == 0
+    assert num_shared_tokens([[5, 3]], [8], 4) == 0
+    assert for_kernels([[1], [1]], [4, 4], 4, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("_", range(20))
+def test_agrees_with_looking_at_every_block(_, fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    tables = [[rng.choice([1, 1, 1, 2]) for _ in range(rng.randint(1, 6))] for _ in range(rng.randint(2, 4))]
+    shared = 0
+    while all(shared < len(table) and table[shared] == tables[0][shared] for table in tables):
+        shared += 1
+    assert num_shared_tokens(tables, [3 * len(table) for table in tables], 3) == 3 * shared
+
+
+def test_the_engine_promises_what_holds(paged, tokenizer, monkeypatch) -> None:
+    """On the CPU the op looks whether the promise is kept, and refuses one that is not."""
+    promised = []
+
+    def on_the_cpu_too(tables, lengths, block_size, device):
+        promised.append(num_shared_tokens(tables, lengths, block_size))
+        return torch.tensor(promised[-1], dtype=torch.int32)
+
+    prompts = [[7, 8, 9, 10] * 5 + tail for tail in ([1], [2, 3], [4, 5, 6], [7] * 9)]
+    answers = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(paged_cache, "for_kernels", on_the_cpu_too)
+        engine = Engine(paged, tokenizer, block_size=4)
+        engine.runner.cache._native = None  # so that steps go through the op
+        engine.add_request(0, prompts[0], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+        engine.step()  # its prompt is in the cache when the others come
+        for i, prompt in enumerate(prompts[1:], 1):
+            engine.add_request(i, prompt, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+        answers.append({i: tokens_of(pieces) for i, pieces in run(engine).items()})
+    assert answers[0] == answers[1]
+    assert max(promised) == 20
