@@ -208,7 +208,7 @@ class Engine:
         ]
         self._stats.prompt_tokens += len(ids)
         for sequence in sequences:
-            if sequence.draws or pooling or sequence.reads_whole_prompt:
+            if sequence.draws or pooling or sequence.is_read:
                 if self.context_length is not None and sequence.window_length > self.context_length:
                     sequence.reread(max(1, self.context_length // 2))
                 self._sequences.setdefault(request_id, []).append(sequence)
@@ -229,6 +229,10 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
                 raise ConfigError(f"{name} is {getattr(params, name)}; the model has {vocab_size} tokens")
+        if params.prompt_logprobs is not None and params.prompt_logprobs_start >= max(2, len(ids)):
+            raise ConfigError(
+                f"prompt_logprobs_start is {params.prompt_logprobs_start}, but the prompt has {len(ids)} tokens"
+            )
         self._grammars.matcher(params)
         most = 0 if pooling else params.max_tokens
         total = len(ids) + most

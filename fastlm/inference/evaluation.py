@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastlm.errors import ConfigError, DataError
-from fastlm.inference.llm import LLM, Score
+from fastlm.inference.llm import LLM
 
 WINDOWS_AT_ONCE = 16
 QUESTIONS_AT_ONCE = 16
@@ -65,9 +65,12 @@ def score_text(llm: LLM, text: str, *, context_length: int, stride: int | None =
     nats, tokens = 0.0, 0
     for i in range(0, len(windows), WINDOWS_AT_ONCE):
         batch = windows[i : i + WINDOWS_AT_ONCE]
-        scores = llm.score([beginning + ids[start:end] for start, _, end in batch])
+        scores = llm.score(
+            [beginning + ids[start:end] for start, _, end in batch],
+            since=[len(beginning) + since - start for start, since, _ in batch],
+        )
         for (_, since, end), score in zip(batch, scores, strict=True):
-            nats -= sum(score.logprobs[-(end - since) :])
+            nats -= sum(score.logprobs)
             tokens += end - since
         num_bytes = len(llm.tokenizer.decode_bytes(ids[first : batch[-1][2]]))
         yield TextScore(nats, tokens, num_bytes, context_length)
@@ -103,20 +106,24 @@ def answer_questions(llm: LLM, questions: Sequence[Question]) -> Iterator[Answer
     for i in range(0, len(questions), QUESTIONS_AT_ONCE):
         batch = questions[i : i + QUESTIONS_AT_ONCE]
         whole = [llm.prompt_ids(q.prompt + choice) for q in batch for choice in q.choices]
-        scores = iter(zip(whole, llm.score(whole), strict=True))
+        prompts = [prompt for q in batch for prompt in [llm.prompt_ids(q.prompt)] * len(q.choices)]
+        common = [_common(*pair) for pair in zip(prompts, whole, strict=True)]
+        since = [min(count, len(ids) - 1) for count, ids in zip(common, whole, strict=True)]
+        scores = llm.score(whole, since=since)
+        # An empty choice has nothing to predict.
+        sums = iter([sum(s.logprobs) if c < len(w) else 0.0 for s, c, w in zip(scores, common, whole, strict=True)])
         for question in batch:
-            prompt = llm.prompt_ids(question.prompt)
-            logprobs = [_continuation(prompt, *next(scores)) for _ in question.choices]
+            logprobs = [next(sums) for _ in question.choices]
             by_byte = [p / max(1, len(c.encode())) for p, c in zip(logprobs, question.choices, strict=True)]
             yield Answer(_largest(logprobs), _largest(by_byte), tuple(logprobs))
 
 
-def _continuation(prompt: list[int], ids: list[int], score: Score) -> float:
-    """Log-probability of the tokens that differ from the prompt's: a token may span its end."""
+def _common(prompt: list[int], ids: list[int]) -> int:
+    """How many tokens the two begin with alike: a token may span the prompt's end."""
     common = 0
     while common < min(len(prompt), len(ids)) and prompt[common] == ids[common]:
         common += 1
-    return sum(score.logprobs[max(0, common - 1) :])
+    return common
 
 
 def _largest(values: Sequence[float]) -> int:

@@ -154,14 +154,19 @@ class LLM:
             while requests.unfinished:
                 yield requests.own(await pieces.get())
 
-    def score(self, texts: Sequence[Prompt]) -> list[Score]:
+    def score(self, texts: Sequence[Prompt], *, since: Sequence[int] | None = None) -> list[Score]:
         """How probable the model finds each text (or list of token ids, whose first has no probability).
+
+        `since`: for each text the first token that is scored, 0 by default. Texts that begin alike before it are read
+        once.
 
         Raises:
             CapacityError: a text is longer than the context.
             InferenceError: the model's logits are not finite.
         """
-        completions = self.generate(texts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        starts = [0] * len(texts) if since is None else since
+        params = [SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=start) for start in starts]
+        completions = self.generate(texts, params)
         scores = []
         for completion in completions:
             if completion.prompt_logprobs is None:

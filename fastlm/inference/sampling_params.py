@@ -34,6 +34,8 @@ class SamplingParams:
         logprobs: log-probabilities of the drawn tokens in the model's own distribution (before penalties, bias,
             temperature and filters), and of this many most probable ones at each place. None asks for none.
         prompt_logprobs: the same for the tokens of the prompt.
+        prompt_logprobs_start: the first token of the prompt that this is asked of. Those before it cost no logits, and
+            may come from the cache.
         json_schema: the text is JSON of this schema (a JSON string, or what it stands for).
         regex: the text matches this regular expression as a whole.
         grammar: the text follows this grammar, in Lark's notation. At most one of these three; see
@@ -60,6 +62,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     order: Literal["hf", "vllm"] = "hf"
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
@@ -95,6 +98,7 @@ class SamplingParams:
         if not isinstance(stop_ids, tuple) or not all(type(i) is int and i >= 0 for i in stop_ids):
             raise ConfigError(f"stop_token_ids must be a tuple of token ids, not {stop_ids!r}")
         _require_count("min_tokens", self.min_tokens)
+        _require_count("prompt_logprobs_start", self.prompt_logprobs_start)
         if self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         for name in ("logprobs", "prompt_logprobs"):

@@ -123,8 +123,7 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, budget: int) -> Chunk | None:
         """The first chunk of a waiting sequence, or None when there is no room for all the tokens that it has."""
-        if not sequence.reads_whole_prompt:
-            self.blocks.share(sequence.table, self.blocks.match(sequence.window()))
+        self.blocks.share(sequence.table, self.blocks.match(sequence.shareable()))
         missing = self.blocks.blocks_for(sequence.window_length) - len(sequence.table.blocks)
         if missing > self.blocks.num_free:
             self.blocks.release(sequence.table)

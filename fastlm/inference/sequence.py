@@ -48,7 +48,9 @@ class Sequence:
         self.text = TextStream(params.stop)
         self.lookup = PromptLookup()
         self.finish_reason: FinishReason | None = None
-        self.prompt_logprobs: PromptLogprobs | None = [None] if wants_prompt_logprobs(params, index) else None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if wants_prompt_logprobs(params, index):
+            self.prompt_logprobs = [None] * max(1, params.prompt_logprobs_start)
         self.matcher = matcher
         self.pooling = pooling
         self.pooled: Tensor | None = None  # fp32: sum or last of the hidden states (hidden_size,), or logits
@@ -70,9 +72,16 @@ class Sequence:
         return self.params.max_tokens > 0 and self.pooling is None
 
     @property
-    def reads_whole_prompt(self) -> bool:
-        """Whether something is wanted of every token of the prompt, so that none may come from the cache."""
+    def is_read(self) -> bool:
+        """Whether something is wanted of the prompt's tokens themselves."""
         return self.prompt_logprobs is not None or self.pooling in ("mean", "last")
+
+    def shareable(self) -> list[int]:
+        """The tokens of the window of which all but the last may come from the cache."""
+        if self.pooling in ("mean", "last"):
+            return []
+        window = self.window()
+        return window if self.prompt_logprobs is None else window[: len(self.prompt_logprobs)]
 
     def reread(self, num_tokens: int) -> None:
         """Moves the window to the latest `num_tokens`. Its blocks must have been released."""

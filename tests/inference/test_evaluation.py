@@ -72,3 +72,19 @@ def test_the_choice_is_that_of_the_most_probable_continuation(llm) -> None:
     if llm.context_length is not None:
         with pytest.raises(CapacityError):
             list(answer_questions(llm, [Question("a" * 200, ("b",), 0)]))
+
+
+def test_scores_from_a_token_on_are_those_of_the_whole_and_read_what_is_shared_once(llm, fresh_seed) -> None:
+    generator = torch.Generator().manual_seed(fresh_seed)
+    shared = torch.randint(300, (40,), generator=generator).tolist()
+    texts = [shared + torch.randint(300, (n,), generator=generator).tolist() for n in (1, 5, 20)]
+    whole = llm.score(texts)
+    before = llm.stats().prefix_hit_tokens
+    parts = llm.score(texts, since=[40, 41, 40])
+    for text, start, part, full in zip(texts, (40, 41, 40), parts, whole, strict=True):
+        assert part.token_ids == text[start:]
+        assert part.logprobs == pytest.approx(full.logprobs[start - 1 :], abs=1e-4)
+    if llm.context_length is not None:
+        assert llm.stats().prefix_hit_tokens - before == 3 * 32  # two blocks of 16 a text
+    with pytest.raises(ConfigError, match="41 tokens"):
+        llm.score(texts[:1], since=[41])
