@@ -1,6 +1,7 @@
 """Decode attention over a paged cache beside SDPA over a contiguous one (which spares it the gathering of blocks).
 
-On a GPU also beside FlexAttention, flash-attn (contiguous as well) and FlashInfer (paged), where they are installed.
+On a GPU also beside FlexAttention, flash-attn (contiguous as well) and FlashInfer (paged), where they are installed,
+and beside our own CUDA core; a prefix that sequences share, beside the same call without the promise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from fastlm.benchmarks.harness import Bound, Case, leave_out, optional
 from torch import Tensor
 
-from fastlm.ops import decode_attention
+from fastlm.ops import OPS, decode_attention, explain
 
 BLOCK_SIZE = 16  # tokens
 
@@ -27,6 +28,7 @@ class Shape(NamedTuple):
     tokens: int
     query_len: int = 1
     cache: torch.dtype | None = None  # q's, or int8 with a scale a token and head
+    shared: int = 0  # tokens at the start that all sequences have in the same blocks
 
 
 # Llama 3 8B alone and in a batch, Gemma 3 270M, a model without grouping
@@ -42,6 +44,10 @@ GPU_SHAPES = [
     Shape(1, 32, 8, 128, 131072),
     Shape(8, 32, 8, 128, 2048, query_len=4),
     Shape(64, 32, 8, 128, 8192, cache=torch.int8),
+    Shape(1, 32, 8, 128, 256),
+    Shape(8, 32, 8, 128, 512),
+    Shape(64, 32, 8, 128, 4096, shared=3584),
+    Shape(64, 32, 32, 128, 2048, shared=1792),
 ]
 
 
@@ -55,6 +61,7 @@ class Inputs(NamedTuple):
     v_scale: Tensor | None
     dense_k: Tensor  # (batch, tokens, kv_heads, head_dim), in q's dtype
     dense_v: Tensor
+    num_shared_tokens: Tensor | None
 
 
 def make(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
@@ -62,6 +69,7 @@ def make(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     q = torch.randn(shape.batch, shape.query_len, shape.heads, shape.head_dim, device=device).to(dtype)
     size = (blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim)
     table = torch.randperm(blocks, device=device).to(torch.int32).view(shape.batch, -1)
+    table[:, : shape.shared // BLOCK_SIZE] = table[0, : shape.shared // BLOCK_SIZE]
     lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=device)
     k_scale = v_scale = None
     if shape.cache == torch.int8:
@@ -72,11 +80,25 @@ def make(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
         k, v = (torch.randn(size, device=device).to(dtype) for _ in range(2))
         wide_k, wide_v = k, v
     dense_k, dense_v = (t[table.long()].flatten(1, 2) for t in (wide_k, wide_v))
-    return Inputs(q, k, v, table, lengths, k_scale, v_scale, dense_k, dense_v)
+    shared = torch.tensor(shape.shared, dtype=torch.int32, device=device) if shape.shared else None
+    return Inputs(q, k, v, table, lengths, k_scale, v_scale, dense_k, dense_v, shared)
 
 
 def ours(x: Inputs) -> Tensor:
-    return decode_attention(x.q, x.k, x.v, x.table, x.lengths, k_scale=x.k_scale, v_scale=x.v_scale)
+    return decode_attention(
+        x.q, x.k, x.v, x.table, x.lengths, k_scale=x.k_scale, v_scale=x.v_scale, num_shared_tokens=x.num_shared_tokens
+    )
+
+
+def cuda_core(x: Inputs) -> Callable[[], Tensor]:
+    """The backend itself, which the environment alone would choose."""
+    reason = explain("decode_attention", x.q, x.k, x.v, x.table, x.lengths).reasons["cuda"]
+    if not reason.startswith("could"):
+        raise NotImplementedError(reason)
+    function = OPS["decode_attention"].module("cuda").decode_attention
+    return partial(
+        function, x.q, x.k, x.v, x.table, x.lengths, x.q.shape[-1] ** -0.5, None, None, None, x.k_scale, x.v_scale
+    )
 
 
 def causal_mask(x: Inputs) -> Tensor | None:
@@ -134,7 +156,12 @@ def peers(x: Inputs, name: str) -> dict[str, Callable[[], Tensor]]:
     """Those that are installed and take the case; why others do not is told."""
     found = {"SDPA": sdpa(x)}
     if x.q.is_cuda:
-        candidates: dict[str, Callable[[Inputs], Callable[[], Tensor]]] = {"FlexAttention": flex}
+        candidates: dict[str, Callable[[Inputs], Callable[[], Tensor]]] = {
+            "FlexAttention": flex,
+            "CUDA core": cuda_core,
+        }
+        if x.num_shared_tokens is not None:
+            candidates["not shared"] = lambda x: partial(ours, x._replace(num_shared_tokens=None))
         candidates |= {p: f for p, f in (("flash_attn", flash_attn), ("flashinfer", flashinfer)) if optional(p)}
         for peer, function in candidates.items():
             try:
@@ -160,7 +187,9 @@ def cases(device: str) -> Iterable[Case]:
             name = f"{shape.batch} × {shape.tokens} tokens, heads {shape.heads}/{shape.kv_heads} of {shape.head_dim}"
             name += f", {shape.query_len} queries" if shape.query_len > 1 else ""
             name += f", {str(shape.cache or dtype).removeprefix('torch.')}"
+            name += f", first {shape.shared} shared" if shape.shared else ""
             read = 2 * x.k.numel() * x.k.element_size() + (0 if x.k_scale is None else 8 * x.k_scale.numel())
+            read -= read * (shape.batch - 1) * shape.shared // (shape.batch * shape.tokens)
             yield Case(
                 name=name,
                 ours=partial(ours, x),

@@ -57,6 +57,7 @@ def _decode(
     query_len: int = 1,
     grad: bool = False,
     sinks: bool = False,
+    shared: bool = False,
     **options: Any,
 ) -> Call:
     q = _normal(2, query_len, heads, head_dim, dtype=dtype, grad=grad)
@@ -66,6 +67,9 @@ def _decode(
     if sinks:
         options["sinks"] = _normal(heads, dtype=dtype)
     table = torch.tensor([[2, 0, 1], [3, 1, 2]], dtype=torch.int32)
+    if shared:
+        table[1, 0] = 2
+        options["num_shared_tokens"] = torch.tensor(4, dtype=torch.int32)
     return (q, k, v, table, torch.tensor([10, 9], dtype=torch.int32)), options
 
 
@@ -161,6 +165,11 @@ FEATURES: dict[str, list[Feature]] = {
         Feature("window", "창(window)", partial(_decode, window=3)),
         Feature("softcap", "softcap", partial(_decode, softcap=2.0)),
         Feature("sinks", "sinks", partial(_decode, sinks=True)),
+        Feature(
+            "shared prefix (triton alone reads it once)",
+            "공유하는 앞부분 (한 번만 읽는 것은 triton)",
+            partial(_decode, shared=True),
+        ),
         Feature("gradients", "기울기", partial(_decode, grad=True), True),
     ],
     "sampling": [
