@@ -120,7 +120,7 @@ def few_layers(config: ModelConfig) -> ModelConfig:
 
 
 def decode(config: ModelConfig, dtype: torch.dtype, device: torch.device, query_len: int, window: int | None) -> None:
-    """One sequence of a few tokens, and one in a table so wide that its splits are combined."""
+    """Sequences of a few tokens, in a table so wide that splits are combined, and there with a shared prefix."""
     import torch
 
     from fastlm.ops import decode_attention
@@ -128,12 +128,12 @@ def decode(config: ModelConfig, dtype: torch.dtype, device: torch.device, query_
     scalar = config.query_pre_attn_scalar
     q = torch.zeros(2, query_len, config.num_heads, config.head_dim, dtype=dtype, device=device)
     cache = torch.zeros(2, BLOCK_SIZE, config.num_kv_heads, config.head_dim, dtype=dtype, device=device)
-    for blocks in (1, 64):
+    for blocks, shared in ((1, None), (64, None), (64, torch.zeros((), dtype=torch.int32, device=device))):
         table = torch.zeros(2, blocks, dtype=torch.int32, device=device)
         lengths = torch.full((2,), BLOCK_SIZE, dtype=torch.int32, device=device)
         decode_attention(
             q, cache, cache, table, lengths, scale=None if scalar is None else scalar**-0.5, window=window,
-            softcap=config.attention_softcap,
+            softcap=config.attention_softcap, num_shared_tokens=shared,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class StaticStep:
     slots: Tensor  # (size,) int64
     block_table: Tensor  # (size, max_blocks) int32
     context_lens: Tensor  # (size,) int32
-    num_shared_tokens: Tensor  # () int32
+    num_shared_tokens: Tensor | None  # () int32; steps without it have a record of their own
 
 
 def record_on_gpu(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -94,8 +94,9 @@ class DecodeGraphs:
         self._free_slot = free_slot
         self._device = device
         self._record = record
-        self._steps: dict[int, StaticStep] = {}
-        self._records: dict[int, tuple[Callable[[], None], Tensor]] = {}  # replay, and where the result lies
+        # By size, and whether there is a shared prefix: the inputs; how to replay, and where the result lies.
+        self._steps: dict[tuple[int, bool], StaticStep] = {}
+        self._records: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
 
     def hidden_states(
         self,
@@ -111,9 +112,10 @@ class DecodeGraphs:
         size = next((size for size in self._sizes if size >= count), None)
         if size is None:
             return None
-        if size not in self._steps:
-            self._steps[size] = self._empty(size)
-        step = self._steps[size]
+        key = size, num_shared_tokens is not None
+        if key not in self._steps:
+            self._steps[key] = self._empty(*key)
+        step = self._steps[key]
         step.ids[:count] = ids
         step.positions[:count] = positions
         step.slots[:count] = slots
@@ -121,15 +123,15 @@ class DecodeGraphs:
         step.block_table[:count, : block_table.shape[1]] = block_table
         step.context_lens[:count] = context_lens
         step.context_lens[count:] = 0
-        if num_shared_tokens is not None:
+        if num_shared_tokens is not None and step.num_shared_tokens is not None:
             step.num_shared_tokens.copy_(num_shared_tokens)
-        if size not in self._records:
-            self._records[size] = self._record(lambda: self._run(step))
+        if key not in self._records:
+            self._records[key] = self._record(lambda: self._run(step))
         else:
-            self._records[size][0]()
-        return self._records[size][1][:count]
+            self._records[key][0]()
+        return self._records[key][1][:count]
 
-    def _empty(self, size: int) -> StaticStep:
+    def _empty(self, size: int, shares: bool) -> StaticStep:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
@@ -139,5 +141,5 @@ class DecodeGraphs:
             slots=zeros(size) + self._free_slot,
             block_table=zeros(size, self._max_blocks, dtype=torch.int32),
             context_lens=zeros(size, dtype=torch.int32),
-            num_shared_tokens=zeros(dtype=torch.int32),
+            num_shared_tokens=zeros(dtype=torch.int32) if shares else None,
         )

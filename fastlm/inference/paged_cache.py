@@ -208,8 +208,7 @@ class RecordedStep(PagedStep):
         self._end = context_length
         self._positions = step.positions[None]
         self.slots = step.slots
-        shared = None if step.ids.device.type == "cpu" else step.num_shared_tokens
-        self.groups = [Group(slice(0, size), size, 1, step.block_table, step.context_lens, shared)]
+        self.groups = [Group(slice(0, size), size, 1, step.block_table, step.context_lens, step.num_shared_tokens)]
         self.prefills = []
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WORTHWHILE = 128  # tokens, of the smallest split: of less no kernel reads anything together
+
 
 def num_shared_tokens(tables: Sequence[list[int]], lengths: Sequence[int], block_size: int) -> int:
     """Of sequences with `tables` of blocks and `lengths` in tokens, in whole blocks; 0 for one sequence."""
@@ -20,7 +22,8 @@ def num_shared_tokens(tables: Sequence[list[int]], lengths: Sequence[int], block
 def for_kernels(
     tables: Sequence[list[int]], lengths: Sequence[int], block_size: int, device: torch.device
 ) -> Tensor | None:
-    """The same as `decode_attention` takes it; None on the CPU, where no kernel makes use of it."""
+    """The same as `decode_attention` takes it. None for too few tokens, and on the CPU, where no kernel uses it."""
     if device.type == "cpu":
         return None
-    return torch.tensor(num_shared_tokens(tables, lengths, block_size), dtype=torch.int32, device=device)
+    count = num_shared_tokens(tables, lengths, block_size)
+    return torch.tensor(count, dtype=torch.int32, device=device) if count >= WORTHWHILE else None

@@ -7,6 +7,8 @@ import torch
 
 from fastlm.inference import Engine, SamplingParams, paged_cache
 from fastlm.inference.shared_prefix import for_kernels, num_shared_tokens
+from fastlm.model import ModelConfig
+from tests.inference.conftest import random_model
 from tests.inference.test_engine import run, tokens_of
 
 
@@ -36,7 +38,7 @@ def test_the_engine_promises_what_holds(paged, tokenizer, monkeypatch) -> None:
 
     def on_the_cpu_too(tables, lengths, block_size, device):
         promised.append(num_shared_tokens(tables, lengths, block_size))
-        return torch.tensor(promised[-1], dtype=torch.int32)
+        return torch.tensor(promised[-1], dtype=torch.int32) if promised[-1] else None
 
     prompts = [[7, 8, 9, 10] * 5 + tail for tail in ([1], [2, 3], [4, 5, 6], [7] * 9)]
     answers = []
@@ -52,3 +54,21 @@ def test_the_engine_promises_what_holds(paged, tokenizer, monkeypatch) -> None:
         answers.append({i: tokens_of(pieces) for i, pieces in run(engine).items()})
     assert answers[0] == answers[1]
     assert max(promised) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_sharing_changes_no_token_on_a_gpu(cuda_graphs, tokenizer, monkeypatch, fresh_seed) -> None:
+    rng = random.Random(fresh_seed)
+    model = random_model(ModelConfig(tokenizer.vocab_size, 128, 2, 8, 2, 64, 256, 1024)).to("cuda", torch.bfloat16)
+    prefix = [rng.randrange(tokenizer.vocab_size) for _ in range(400)]
+    prompts = [prefix + [rng.randrange(tokenizer.vocab_size)] * (i + 1) for i in range(9)]
+    answers = []
+    for worthwhile in (2**31, 128):
+        monkeypatch.setattr("fastlm.inference.shared_prefix.WORTHWHILE", worthwhile)
+        engine = Engine(model, tokenizer, cuda_graphs=cuda_graphs)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(i, prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+            engine.step()
+        answers.append({i: tokens_of(pieces) for i, pieces in run(engine).items()})
+    assert answers[0] == answers[1]
