@@ -76,6 +76,19 @@ def test_gives_the_same_bits_as_without_sharing(case, dtype, device):
     assert torch.equal(out, expected)
 
 
+def test_no_program_writes_what_is_anothers(device, monkeypatch):
+    """Else the order of programs would decide, which on a GPU is any."""
+    if device == "cuda":
+        pytest.skip("the interpreter alone can be told the order")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    tensors, shared, options = make("splits of two sizes", torch.float32, device)
+    expected = decode_attention(*tensors, **options, num_shared_tokens=shared)
+    forward = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forward(builder.grid_dim[0] - 1 - x, y, z))
+    assert torch.equal(decode_attention(*tensors, **options, num_shared_tokens=shared), expected)
+
+
 def test_quantized_caches_share_too(device):
     (q, k, v, table, lengths), shared, _ = make("one query without groups", torch.float32, device)
     (k, k_scale), (v, v_scale) = (quantize(t, torch.int8, "token") for t in (k, v))

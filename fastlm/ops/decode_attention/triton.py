@@ -218,8 +218,6 @@ def _split_kernel(
 
     start = (first_split + slot) * size
     end = tl.minimum(start + size, length)
-    if CASCADE:
-        end = tl.where(is_shared, start + size, end)
     start = tl.maximum(start, first // BLOCK_N * BLOCK_N)
     # Block ids are fetched one tile before their tokens, so that the loop's own loads do not wait for one another.
     tokens = start + columns
