@@ -13,7 +13,9 @@ from fastlm.inference.sampler import Draw, Row, draw, token_logprobs
 from fastlm.inference.scheduler import Chunk
 from fastlm.model.checkpoint import LanguageModel
 
-LOGITS_AT_ONCE = 1 << 24  # numbers, 64 MiB of fp32, when a prompt's own probabilities are asked for
+LOGITS_AT_ONCE = (
+    1 << 22
+)  # numbers, of a prompt's own probabilities: larger arrays than 32 MiB come new from the system each time
 
 
 @dataclass
