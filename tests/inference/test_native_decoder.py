@@ -176,8 +176,8 @@ def test_autocast_gives_what_the_model_gives_under_it() -> None:
     assert torch.equal(ours, expected)
 
 
-def decoder() -> tuple[object, list[Tensor]]:
-    """One layer over a cache of 3 blocks of 4 tokens, and the tensors that it uses."""
+def decoder(pool: int) -> tuple[object, list[Tensor]]:
+    """One layer over a pool of 3 blocks of 4 tokens, of which the other pool has more, and the tensors that it uses."""
     weights, norm = [torch.ones(8, 8)] * 7, torch.ones(8)
     cache = torch.zeros(2, 3, 4, 1, 8)
     made = native().DecoderFloat32(
@@ -186,7 +186,7 @@ def decoder() -> tuple[object, list[Tensor]]:
         kv_heads=1,
         head_dim=8,
         intermediate_size=8,
-        blocks=3,
+        blocks=(3, 2) if pool == 0 else (7, 3),
         block_size=4,
         eps=1e-6,
         scale=1.0,
@@ -195,7 +195,8 @@ def decoder() -> tuple[object, list[Tensor]]:
         norm=norm.data_ptr(),
     )
     projections = [("", w.data_ptr(), (8, 8, 32), 0) for w in weights]
-    made.add_layer([norm.data_ptr(), 0, 0, 0, norm.data_ptr(), 0], projections, 0, 0, *(c.data_ptr() for c in cache))
+    norms, addresses = [norm.data_ptr(), 0, 0, 0, norm.data_ptr(), 0], [c.data_ptr() for c in cache]
+    made.add_layer(norms, projections, pool, 0, *addresses, pool == 1)
     return made, [*weights, norm, cache]
 
 
