@@ -261,7 +261,14 @@ def test_what_lies_outside_its_memory_is_refused(change: dict[str, int], message
 def test_a_layer_that_does_not_fit_is_refused(change: dict, message: str) -> None:
     made, kept = decoder(0)
     weight, norm, cache = kept[0], kept[-2], kept[-1]
-    v = {"kind": "", "address": weight.data_ptr(), "shape": (8, 8, 32), "norm": 0, "window": 0, "windowed": False} | change
+    v = {
+        "kind": "",
+        "address": weight.data_ptr(),
+        "shape": (8, 8, 32),
+        "norm": 0,
+        "window": 0,
+        "windowed": False,
+    } | change
     right = ("", weight.data_ptr(), (8, 8, 32), 0)
     wrong = (v["kind"], v["address"], v["shape"], 0)
     norms = [0, norm.data_ptr() if v["norm"] else 0, 0, 0, 0, 0]
