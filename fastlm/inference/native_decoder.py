@@ -112,18 +112,12 @@ class NativeDecoder:
             )
 
     def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        window_slots: Tensor,
-        groups: Sequence[Group],
-        end: int,
+        self, ids: Tensor, positions: Tensor, slots: tuple[Tensor, Tensor], groups: Sequence[Group], end: int
     ) -> Tensor | None:
         """What the model gives for a step of `groups`, `(tokens, hidden_size)`.
 
-        None when another backend, or autocast, is wanted. ids, positions, slots, window_slots: `(tokens,)` int64.
-        end: above the last position.
+        None when another backend, or autocast, is wanted. ids, positions: `(tokens,)` int64; slots: alike, of both
+        pools. end: above the last position.
         """
         if os.environ.get("FASTLM_BACKEND", "") not in ("", "cpu") or torch.is_autocast_enabled("cpu"):
             return None
@@ -135,7 +129,7 @@ class NativeDecoder:
             len(ids),
             hidden.data_ptr(),
             positions.data_ptr(),
-            (slots.data_ptr(), window_slots.data_ptr()),
+            tuple(its_slots.data_ptr() for its_slots in slots),
             [
                 (
                     g.rows.start,

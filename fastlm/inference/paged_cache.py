@@ -65,9 +65,8 @@ class PagedCache:
         ids = torch.tensor([token for i in order for token in chunks[i].ids], device=device)
         hidden = None
         if self._native is not None and not step.prefills:
-            hidden = self._native.hidden_states(
-                ids, step.positions(0)[0], step.slots, step.window_slots, step.groups, step.end(0)
-            )
+            slots = step.slots, step.window_slots
+            hidden = self._native.hidden_states(ids, step.positions(0)[0], slots, step.groups, step.end(0))
         if hidden is None:
             hidden = model.hidden_states(ids[None], step)[0]
         if step.prefills and native_missing() is None and any(chunk.reaches_end for chunk in chunks):

@@ -300,7 +300,7 @@ def test_random_use_keeps_the_books_of_both_pools(fresh_seed: int) -> None:
             table, found = BlockTable(), manager.match(ids)
             manager.share(table, found)
             hits += len(found)
-            short += 0 < len(found) and table.num_released > 0
+            short += len(found) > 0 and table.num_released > 0
             first = max(0, len(found) * block_size + 1 - window) // block_size
             assert table.num_released == first
             for i in range(first, len(found)):
