@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastlm.errors import CapacityError
+from fastlm.inference.block_manager import blocks_touched
 from fastlm.inference.paged_cache import PagedCache
 from fastlm.model import Transformer
 
@@ -72,6 +73,8 @@ class CacheLayout:
         beyond_full = (memory - full * self.full_bytes) // self.window_bytes
         as_many_of_each = memory // (self.full_bytes + self.window_bytes)
         windowed = min(as_many_of_each, max(least, min(half, windowed), beyond_full))
+        if windowed < min(least, blocks_touched(self.window, self.block_size)):  # a sequence is as long as they last
+            return windowed, windowed
         if self.full_bytes == 0:  # all layers have a window: full blocks are numbers for the prefixes alone
             return max(full, windowed), windowed
         return (memory - windowed * self.window_bytes) // self.full_bytes, windowed
