@@ -277,7 +277,8 @@ def test_random_use_keeps_the_books_of_both_pools(fresh_seed: int) -> None:
     """What a table says of the window is what its blocks hold, and the next token sees no block that is not there."""
     rng = random.Random(fresh_seed)
     block_size, window = 3, 7
-    manager = BlockManager(40, block_size, window=window, window_blocks=15)
+    manager = BlockManager(40, block_size, window=window, window_blocks=20)
+    stems = [[rng.randrange(2) for _ in range(30)] for _ in range(2)]
     tables: list[tuple[BlockTable, list[int]]] = []
     contents: dict[int, list[int]] = {}
     hits = short = 0
@@ -296,7 +297,7 @@ def test_random_use_keeps_the_books_of_both_pools(fresh_seed: int) -> None:
                     contents[table.window_blocks[i]] = ids[: (i + 1) * block_size]
                 manager.register(table, ids)
         else:
-            ids = [rng.randrange(2) for _ in range(rng.randint(1, 20))]
+            ids = rng.choice(stems)[: rng.randint(0, 30)] + [rng.randrange(2) for _ in range(rng.randint(1, 4))]
             table, found = BlockTable(), manager.match(ids)
             manager.share(table, found)
             hits += len(found)
