@@ -14,6 +14,8 @@ from fastlm.inference import Engine, Piece, SamplingParams
 from fastlm.inference.block_manager import BlockManager, BlockTable, blocks_touched
 from fastlm.inference.memory import CacheLayout
 from fastlm.inference.paged_cache import PagedCache
+from fastlm.inference.scheduler import Chunk
+from fastlm.inference.sequence import Sequence
 from fastlm.model import ModelConfig, Transformer
 from fastlm.tokenizer import Tokenizer
 from tests.inference.conftest import random_model
@@ -353,3 +355,33 @@ def test_memory_is_parted_so_that_neither_long_nor_short_sequences_go_without(fr
         enough = layout.split(layout.bytes_for(*needs), *needs)
         if layout.full_bytes:
             assert enough == layout.blocks_for(*needs)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@torch.inference_mode()
+def test_hidden_states_have_the_bits_that_they_have_where_all_tokens_are_kept(native: bool, mixed) -> None:
+    caches = PagedCache(mixed, 64, 4), PagedCache(mixed, 64, 4, 24)
+    lengths = [(17, 1), (0, 3), (30, 1), (45, 8), (40, 20), (8, 12)]
+    ids = [torch.randint(0, 250, (start + new,)).tolist() for start, new in lengths]
+    results = []
+    for cache in caches:
+        for tensor in cache.keys + cache.values:
+            tensor.fill_(torch.nan)
+        if not native:
+            cache._native = None
+        manager = BlockManager(64, 4, window=WINDOW, window_blocks=24)
+        chunks = []
+        for (start, new), its_ids in zip(lengths, ids, strict=True):
+            sequence = Sequence("", 0, its_ids, SamplingParams(), seed=0)
+            for begin in range(0, start, 5):
+                manager.slide(sequence.table, begin)
+                assert manager.grow(sequence.table, min(start, begin + 5))
+                cache.hidden_states(mixed, [Chunk(sequence, begin, its_ids[begin : min(start, begin + 5)])])
+            manager.slide(sequence.table, start)
+            assert manager.grow(sequence.table, start + new)
+            chunks.append(Chunk(sequence, start, its_ids[start:]))
+        results += [cache.hidden_states(mixed, [chunk]) for chunk in chunks]
+        results.append(cache.hidden_states(mixed, chunks[:4]))
+    half = len(results) // 2
+    assert all(one.isfinite().all() for one in results)
+    assert all(map(torch.equal, results[:half], results[half:]))
