@@ -19,7 +19,8 @@ from fastlm.benchmarks.llama_cpp_peer import LlamaCpp, llama_cpp
 
 from fastlm.errors import CheckpointError
 from fastlm.inference import Engine
-from fastlm.inference.paged_cache import PagedCache
+from fastlm.inference.engine import CPU_BATCH_TOKENS
+from fastlm.inference.memory import CacheLayout
 from fastlm.model import Transformer, load
 from fastlm.model.pretrained import pretrained
 from fastlm.tokenizer import Tokenizer
@@ -85,9 +86,17 @@ def gguf_file() -> str | None:
 def loaded(path: str, sequences: int = len(PROMPTS)) -> Engine:
     model, _ = load(path)
     assert isinstance(model, Transformer)
-    memory = sequences * CONTEXT // BLOCK_SIZE * PagedCache.bytes_per_block(model, BLOCK_SIZE)
+    memory = CacheLayout.of(model, BLOCK_SIZE).bytes_for(sequences, CONTEXT, CPU_BATCH_TOKENS)
     tokenizer = Tokenizer.from_gguf(Path(path))
-    return Engine(model, tokenizer, memory=memory, block_size=BLOCK_SIZE, prefix_caching=False)
+    return Engine(
+        model,
+        tokenizer,
+        memory=memory,
+        block_size=BLOCK_SIZE,
+        max_batch_tokens=CPU_BATCH_TOKENS,
+        max_sequences=sequences,
+        prefix_caching=False,
+    )
 
 
 def vocab_size(path: str) -> int:

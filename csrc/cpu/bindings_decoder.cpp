@@ -20,17 +20,19 @@ namespace fastlm {
 namespace {
 
 using Weights = std::tuple<std::string, Address, std::array<int64_t, 3>, Address>;  // shape and stride; bias
-using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, Address, Address>;
+using Pair = std::array<Address, cpu::kPools>;  // one for each pool
+using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, Pair, Address>;
 using Table = std::tuple<Address, Address, int64_t>;  // cos, sin, positions
 
 template <class T, class C>
 class Decoder {
    public:
     Decoder(int64_t hidden_size, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t intermediate_size,
-            int64_t blocks, int64_t block_size, float eps, float scale, float softcap, bool gelu, Address norm) {
+            const std::array<int64_t, cpu::kPools>& blocks, int64_t block_size, float eps, float scale, float softcap,
+            bool gelu, Address norm) {
         require(hidden_size > 0 && intermediate_size > 0 && head_dim > 0, "sizes must be positive");
         require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
-        require(blocks > 0 && block_size > 0, "the cache must have blocks");
+        require(blocks[0] > 0 && blocks[1] >= 0 && block_size > 0, "the cache must have blocks");
         decoder_.shape = {hidden_size, heads, kv_heads, head_dim, intermediate_size, blocks, block_size, eps, scale,
                           softcap, gelu};
         decoder_.norm = pointer<const float>(norm, "norm");
@@ -38,11 +40,12 @@ class Decoder {
 
     // norms: input, q, k, after attention, before the MLP, after it; 0 where there is none.
     void add_layer(const std::array<Address, 6>& norms, const std::array<Weights, 7>& weights, int64_t window,
-                   int64_t table, Address keys, Address values) {
+                   int64_t table, Address keys, Address values, bool windowed) {
         const cpu::DecoderShape& shape = decoder_.shape;
         const int64_t hidden = shape.hidden_size, inner = shape.intermediate_size;
         const int64_t q = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
         require(window >= 0 && table >= -1, "window and table must not be negative");
+        require(!windowed || (window > 0 && shape.blocks[1] > 0), "a windowed layer must have a window, and blocks");
         require((norms[1] == 0) == (norms[2] == 0), "queries and keys must both have a norm, or neither");
         require(table == -1 || shape.head_dim % 2 == 0, "head_dim must be even to be rotated");
         cpu::DecoderLayer<C> layer{};
@@ -53,18 +56,21 @@ class Decoder {
         layer.v = projection(weights[2], kv, hidden), layer.o = projection(weights[3], hidden, q);
         layer.gate = projection(weights[4], inner, hidden), layer.up = projection(weights[5], inner, hidden);
         layer.down = projection(weights[6], hidden, inner);
-        layer.window = window, layer.table = table;
+        layer.window = window, layer.table = table, layer.pool = windowed;
         layer.keys = pointer<C>(keys, "keys"), layer.values = pointer<C>(values, "values");
         decoder_.layers.push_back(layer);
     }
 
-    void run(int64_t rows, Address hidden, Address positions, Address slots, const std::vector<Group>& groups,
+    // slots and block tables: of both pools; those of a pool without blocks are not looked at.
+    void run(int64_t rows, Address hidden, Address positions, const Pair& slots, const std::vector<Group>& groups,
              const std::vector<Table>& tables, Address out, int num_threads) const {
         const cpu::DecoderShape& shape = decoder_.shape;
+        const int pools = shape.blocks[1] > 0 ? 2 : 1;
         require(rows > 0, "a step must have rows");
-        const auto position = copied<int64_t>(positions, rows, "positions"), slot = copied<int64_t>(slots, rows, "slots");
+        const auto position = copied<int64_t>(positions, rows, "positions");
+        std::array<std::vector<int64_t>, cpu::kPools> slot;
         std::vector<std::vector<int32_t>> numbers;
-        cpu::DecoderStep<T> step{rows, pointer<const T>(hidden, "hidden"), position.data(), slot.data(), {}, {},
+        cpu::DecoderStep<T> step{rows, pointer<const T>(hidden, "hidden"), position.data(), {}, {}, {},
                                  pointer<T>(out, "out")};
         int64_t length = INT64_MAX, covered = 0;
         for (const auto& [cos, sin, its_length] : tables) {
@@ -76,21 +82,31 @@ class Decoder {
         }
         for (int64_t row = 0; row < rows; ++row) {
             require(position[row] >= 0 && position[row] < length, "a position lies outside the rotary tables");
-            require(slot[row] >= 0 && slot[row] < shape.blocks * shape.block_size, "a slot lies outside the cache");
         }
-        for (const auto& [first_row, size, query_len, max_blocks, table, lengths] : groups) {
+        for (int pool = 0; pool < pools; ++pool) {
+            slot[pool] = copied<int64_t>(slots[pool], rows, "slots");
+            step.slots[pool] = slot[pool].data();
+            for (const int64_t its_slot : slot[pool]) {
+                require(its_slot >= 0 && its_slot < shape.blocks[pool] * shape.block_size,
+                        "a slot lies outside the cache");
+            }
+        }
+        for (const auto& [first_row, size, query_len, max_blocks, its_tables, lengths] : groups) {
             require(first_row == covered && size > 0 && query_len > 0 && size <= rows && query_len <= rows,
                     "groups must follow each other");
-            require(max_blocks >= 0 && max_blocks <= shape.blocks, "block_table is wider than the cache has blocks");
+            require(max_blocks >= 0 && max_blocks <= shape.blocks[0], "block_table is wider than the cache has blocks");
             covered += size * query_len;
             require(covered <= rows, "groups must have as many rows as the step");
-            numbers.push_back(copied<int32_t>(table, size * max_blocks, "block_table"));
             numbers.push_back(copied<int32_t>(lengths, size, "context_lens"));
-            const int32_t *its_table = numbers[numbers.size() - 2].data(), *its_lengths = numbers.back().data();
-            cpu::check_block_table({size, query_len, shape.heads, shape.kv_heads, shape.head_dim, shape.blocks,
-                                    shape.block_size, max_blocks},
-                                   its_table, its_lengths, 0);
-            step.groups.push_back({first_row, size, query_len, max_blocks, its_table, its_lengths});
+            cpu::DecoderGroup group{first_row, size, query_len, max_blocks, {}, numbers.back().data()};
+            for (int pool = 0; pool < pools; ++pool) {
+                numbers.push_back(copied<int32_t>(its_tables[pool], size * max_blocks, "block_table"));
+                group.block_tables[pool] = numbers.back().data();
+                cpu::check_block_table({size, query_len, shape.heads, shape.kv_heads, shape.head_dim,
+                                        shape.blocks[pool], shape.block_size, max_blocks},
+                                       group.block_tables[pool], group.context_lens, 0);
+            }
+            step.groups.push_back(group);
         }
         require(covered == rows, "groups must have as many rows as the step");
         py::gil_scoped_release release;
@@ -123,7 +139,8 @@ class Decoder {
 template <class T, class C>
 void bind(py::module_& m, const char* name) {
     py::class_<Decoder<T, C>>(m, name, "All layers of a transformer over the few new tokens of a decoding step.")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float, float, bool, Address>(),
+        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, const std::array<int64_t, cpu::kPools>&, int64_t, float,
+                      float, float, bool, Address>(),
              py::kw_only(), py::arg("hidden_size"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
              py::arg("intermediate_size"), py::arg("blocks"), py::arg("block_size"), py::arg("eps"), py::arg("scale"),
              py::arg("softcap"), py::arg("gelu"), py::arg("norm"))

@@ -83,9 +83,10 @@ class Run {
             rotate(layer, k_, shape_.kv_heads, normed_k_), std::swap(k_, normed_k_);
         }
         const int64_t width = shape_.kv_heads * shape_.head_dim;
+        const int64_t* slots = step_.slots[layer.pool];
         for (int64_t row = 0; row < step_.rows; ++row) {
-            keep(k_ + row * width, width, layer.keys + step_.slots[row] * width);
-            keep(v_ + row * width, width, layer.values + step_.slots[row] * width);
+            keep(k_ + row * width, width, layer.keys + slots[row] * width);
+            keep(v_ + row * width, width, layer.values + slots[row] * width);
         }
         for (const DecoderGroup& group : step_.groups) attend(layer, group);
         project(layer.o, attended_, hidden_);
@@ -170,11 +171,11 @@ class Run {
     void attend(const DecoderLayer<C>& layer, const DecoderGroup& group) const {
         const int64_t heads = shape_.heads, kv_heads = shape_.kv_heads, width = shape_.head_dim, row = heads * width;
         const int64_t slot = kv_heads * width, block = shape_.block_size * slot, first = group.first_row * row;
-        const DecodeShape shape{group.size,    group.query_len,   heads,           kv_heads, width,
-                                shape_.blocks, shape_.block_size, group.max_blocks};
+        const DecodeShape shape{group.size, group.query_len,           heads,              kv_heads,
+                                width,      shape_.blocks[layer.pool], shape_.block_size, group.max_blocks};
         const DecodeStrides strides{group.query_len * row, row, width, block, slot, width, block, slot, width};
         decode_attention(DecodeAttention<C>{shape, strides, kFloatType<T>, q_ + first, layer.keys, layer.values,
-                                            group.block_table, group.context_lens, shape_.scale, layer.window,
+                                            group.block_tables[layer.pool], group.context_lens, shape_.scale, layer.window,
                                             shape_.softcap, attended_ + first},
                          num_threads_);
     }

@@ -19,18 +19,22 @@ from fastlm.errors import BackendError
 WITHOUT = "make the engine with cuda_graphs=False, and report it with `fastlm doctor`'s output"
 LARGEST_ERROR = 0.02  # relative; what bf16 may lose where a library takes another algorithm
 
-Step = Callable[["StaticStep"], Tensor]  # the hidden states of a step, (tokens, hidden_size)
+Step = Callable[["DecodeInputs"], Tensor]  # the hidden states of a step, (tokens, hidden_size)
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # -> (replay, its result, computed once)
 
 
 @dataclass(frozen=True)
-class StaticStep:
-    """Inputs of a step of `size` sequences with one new token each, at addresses that stay."""
+class DecodeInputs:
+    """What a step of `size` sequences with one new token each reads. What is named after the window is for layers in
+    the windowed pool.
+    """
 
     ids: Tensor  # (size,) int64
     positions: Tensor  # (size,) int64
     slots: Tensor  # (size,) int64
+    window_slots: Tensor  # (size,) int64
     block_table: Tensor  # (size, max_blocks) int32
+    window_table: Tensor  # (size, max_blocks) int32
     context_lens: Tensor  # (size,) int32
     num_shared_tokens: Tensor | None  # () int32; steps without it have a record of their own
 
@@ -75,7 +79,7 @@ class DecodeGraphs:
     Args:
         run: computes a step. It must read nothing but the step's tensors and what does not move.
         max_blocks: the most blocks that a sequence has.
-        free_slot: a token of the cache that is nobody's.
+        free_slots: tokens of the cache, in each of its pools, that are nobody's.
         record: as `record_on_gpu`.
     """
 
@@ -84,62 +88,55 @@ class DecodeGraphs:
         run: Step,
         max_sequences: int,
         max_blocks: int,
-        free_slot: int,
+        free_slots: tuple[int, int],
         device: torch.device,
         record: Record = record_on_gpu,
     ) -> None:
         self._run = run
         self._sizes = sizes(max_sequences)
         self._max_blocks = max_blocks
-        self._free_slot = free_slot
+        self._padding = {"slots": free_slots[0], "window_slots": free_slots[1]}  # and 0 elsewhere
         self._device = device
         self._record = record
         # By size, and whether there is a shared prefix: the inputs; how to replay, and where the result lies.
-        self._steps: dict[tuple[int, bool], StaticStep] = {}
+        self._inputs: dict[tuple[int, bool], DecodeInputs] = {}
         self._records: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
 
-    def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        block_table: Tensor,
-        context_lens: Tensor,
-        num_shared_tokens: Tensor | None,
-    ) -> Tensor | None:
+    def hidden_states(self, step: DecodeInputs) -> Tensor | None:
         """`(tokens, hidden_size)`, valid until the next step; None for more sequences than any record has."""
-        count = len(ids)
+        count = len(step.ids)
         size = next((size for size in self._sizes if size >= count), None)
         if size is None:
             return None
-        key = size, num_shared_tokens is not None
-        if key not in self._steps:
-            self._steps[key] = self._empty(*key)
-        step = self._steps[key]
-        step.ids[:count] = ids
-        step.positions[:count] = positions
-        step.slots[:count] = slots
-        step.slots[count:] = self._free_slot
-        step.block_table[:count, : block_table.shape[1]] = block_table
-        step.context_lens[:count] = context_lens
-        step.context_lens[count:] = 0
-        if num_shared_tokens is not None and step.num_shared_tokens is not None:
-            step.num_shared_tokens.copy_(num_shared_tokens)
+        key = size, step.num_shared_tokens is not None
+        if key not in self._inputs:
+            self._inputs[key] = self._zeros(*key)
+        inputs = self._inputs[key]
+        for name in ("ids", "positions", "slots", "window_slots", "context_lens"):
+            fixed: Tensor = getattr(inputs, name)
+            fixed[:count] = getattr(step, name)
+            fixed[count:] = self._padding.get(name, 0)
+        inputs.block_table[:count, : step.block_table.shape[1]] = step.block_table
+        inputs.window_table[:count, : step.window_table.shape[1]] = step.window_table
+        if step.num_shared_tokens is not None and inputs.num_shared_tokens is not None:
+            inputs.num_shared_tokens.copy_(step.num_shared_tokens)
         if key not in self._records:
-            self._records[key] = self._record(lambda: self._run(step))
+            self._records[key] = self._record(lambda: self._run(inputs))
         else:
             self._records[key][0]()
         return self._records[key][1][:count]
 
-    def _empty(self, size: int, shares: bool) -> StaticStep:
+    def _zeros(self, size: int, shares: bool) -> DecodeInputs:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        return StaticStep(
+        return DecodeInputs(
             ids=zeros(size),
             positions=zeros(size),
-            slots=zeros(size) + self._free_slot,
+            slots=zeros(size),
+            window_slots=zeros(size),
             block_table=zeros(size, self._max_blocks, dtype=torch.int32),
+            window_table=zeros(size, self._max_blocks, dtype=torch.int32),
             context_lens=zeros(size, dtype=torch.int32),
             num_shared_tokens=zeros(dtype=torch.int32) if shares else None,
         )

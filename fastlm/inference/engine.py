@@ -21,7 +21,7 @@ from fastlm.errors import CapacityError, ConfigError
 from fastlm.inference.block_manager import BlockManager
 from fastlm.inference.cuda_graphs import record_on_gpu
 from fastlm.inference.grammar import GrammarCompiler
-from fastlm.inference.memory import blocks_in
+from fastlm.inference.memory import CacheLayout, cache_bytes
 from fastlm.inference.model_runner import ChunkResult, ModelRunner
 from fastlm.inference.outputs import FinishReason, Piece
 from fastlm.inference.paged_cache import PagedCache
@@ -57,8 +57,10 @@ class Stats:
     failed: int = 0
     waiting: int = 0
     running: int = 0
-    blocks_used: int = 0
+    blocks_used: int = 0  # of the layers that keep all tokens
     blocks_total: int = 0
+    window_blocks_used: int = 0  # of the layers that keep the tokens of a window; no blocks where there are none
+    window_blocks_total: int = 0
     block_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Engine:
         model: set to evaluation mode. Its weights must not change as long as the engine lives.
         tokenizer: the one that the model was trained with.
         memory: bytes for keys and values. Default: what `max_sequences` of full length need, but at most a quarter of
-            the free memory (on a GPU, four fifths of its free memory).
+            the free memory (on a GPU, four fifths of its free memory). Layers with a window keep the tokens within it.
         block_size: tokens a block. A recurrent model has one block a sequence.
         max_batch_tokens: most tokens a step computes. Default: 256 on a CPU, 8192 on a GPU.
         max_sequences: most sequences that run at once.
@@ -123,17 +125,26 @@ class Engine:
         cache: PagedCache | RecurrentCache
         if isinstance(model, Transformer):
             self.context_length: int | None = model.config.context_length
-            longest = -(-self.context_length // block_size)
-            per_block = PagedCache.bytes_per_block(model, block_size)
-            num_blocks = blocks_in(memory, per_block, max_sequences * longest, model.output_weight.device)
-            record = record_on_gpu if cuda_graphs and model.output_weight.device.type == "cuda" else None
-            cache = PagedCache(model, num_blocks, block_size, max_sequences, record)
-            self.blocks = BlockManager(num_blocks, block_size, prefix_caching=prefix_caching)
+            layout = CacheLayout.of(model, block_size)
+            needs = max_sequences, self.context_length, max_batch_tokens
+            per_block = layout.full_bytes + layout.window_bytes
+            available = cache_bytes(memory, per_block, layout.bytes_for(*needs), model.output_weight.device)
+            num_blocks, window_blocks = layout.split(available, *needs)
+            record = None if on_cpu or not cuda_graphs else record_on_gpu
+            cache = PagedCache(model, num_blocks, block_size, window_blocks, max_sequences=max_sequences, record=record)
+            self.blocks = BlockManager(
+                num_blocks,
+                block_size,
+                prefix_caching=prefix_caching,
+                window=layout.window,
+                window_blocks=window_blocks,
+            )
         else:
             self.context_length = None
             self.num_drafts = 0  # the state cannot go back over a wrong guess
             per_block = RecurrentCache.bytes_per_block(model)
-            num_blocks = blocks_in(memory, per_block, max_sequences, model.output_weight.device)
+            enough = max_sequences * per_block
+            num_blocks = cache_bytes(memory, per_block, enough, model.output_weight.device) // per_block
             cache = RecurrentCache(model, num_blocks)
             self.blocks = BlockManager(num_blocks, BLOCK_SIZE, prefix_caching=False)
         self.scheduler = Scheduler(
@@ -244,13 +255,12 @@ class Engine:
                     f"the prompt has {len(ids)} tokens{asked}; the model's context holds {self.context_length}"
                 )
             total = min(total, self.context_length)
-        needed = self.blocks.blocks_for(total)
-        if needed > self.blocks.num_blocks:
+        needed, longest = self.blocks.blocks_for(total), self.blocks.longest_sequence
+        if needed > longest:
             size = self.blocks.block_size
             raise CapacityError(
                 f"{len(ids)} tokens of prompt and {most} to generate need {needed} blocks of {size} tokens; the cache "
-                f"has {self.blocks.num_blocks} ({self.blocks.num_blocks * size} tokens): ask for fewer tokens, or give "
-                "the engine more memory"
+                f"has {longest} ({longest * size} tokens): ask for fewer tokens, or give the engine more memory"
             )
 
     def cancel(self, request_id: Hashable) -> bool:
@@ -268,6 +278,7 @@ class Engine:
         stats.preemptions = self.scheduler.num_preemptions
         stats.waiting, stats.running = len(self.scheduler.waiting), len(self.scheduler.running)
         stats.blocks_used, stats.blocks_total = self.blocks.num_used, self.blocks.num_blocks
+        stats.window_blocks_used, stats.window_blocks_total = self.blocks.num_window_used, self.blocks.num_window_blocks
         stats.block_size = self.blocks.block_size
         return stats
 

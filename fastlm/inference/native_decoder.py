@@ -38,6 +38,7 @@ class Group:
     size: int
     query_len: int
     block_table: Tensor  # (size, max_blocks) int32
+    window_table: Tensor  # of the windowed pool, or the same where there is none
     context_lens: Tensor  # (size,) int32
     num_shared_tokens: Tensor | None = None  # () int32
 
@@ -60,9 +61,20 @@ def unsupported(model: Transformer) -> str | None:
 
 
 class NativeDecoder:
-    """The layers of `model`, whose weights are used where they lie, over a cache of `keys` and `values` by layer."""
+    """The layers of `model`, whose weights are used where they lie, over a cache of `keys` and `values` by layer.
 
-    def __init__(self, model: Transformer, keys: list[Tensor], values: list[Tensor]) -> None:
+    Those of `windowed` layers have `window_blocks` blocks, the others `num_blocks`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        keys: list[Tensor],
+        values: list[Tensor],
+        windowed: list[bool],
+        num_blocks: int,
+        window_blocks: int,
+    ) -> None:
         config = model.config
         self._model = model
         self._kept: list[Tensor] = [*keys, *values]  # what the native decoder holds addresses of
@@ -73,7 +85,7 @@ class NativeDecoder:
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             intermediate_size=config.intermediate_size,
-            blocks=keys[0].shape[0],
+            blocks=(num_blocks, window_blocks),
             block_size=keys[0].shape[1],
             eps=config.norm_eps,
             scale=scalar**-0.5,
@@ -97,15 +109,16 @@ class NativeDecoder:
                 -1 if rotary is None else rotary.kind(layer),
                 keys[layer].data_ptr(),
                 values[layer].data_ptr(),
+                windowed[layer],
             )
 
     def hidden_states(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, groups: Sequence[Group], end: int
+        self, ids: Tensor, positions: Tensor, slots: tuple[Tensor, Tensor], groups: Sequence[Group], end: int
     ) -> Tensor | None:
         """What the model gives for a step of `groups`, `(tokens, hidden_size)`.
 
-        None when another backend, or autocast, is wanted. ids, positions, slots: `(tokens,)` int64. end: above the last
-        position.
+        None when another backend, or autocast, is wanted. ids, positions: `(tokens,)` int64; slots: alike, of both
+        pools. end: above the last position.
         """
         if os.environ.get("FASTLM_BACKEND", "") not in ("", "cpu") or torch.is_autocast_enabled("cpu"):
             return None
@@ -117,14 +130,14 @@ class NativeDecoder:
             len(ids),
             hidden.data_ptr(),
             positions.data_ptr(),
-            slots.data_ptr(),
+            tuple(its_slots.data_ptr() for its_slots in slots),
             [
                 (
                     g.rows.start,
                     g.size,
                     g.query_len,
                     g.block_table.shape[1],
-                    g.block_table.data_ptr(),
+                    (g.block_table.data_ptr(), g.window_table.data_ptr()),
                     g.context_lens.data_ptr(),
                 )
                 for g in groups

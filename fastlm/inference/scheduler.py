@@ -75,6 +75,9 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, whose blocks are there. Empty when nothing runs or waits."""
+        # Before anyone takes a block. What is given back here is in no query's window, and can still be found below.
+        for sequence in self.running:
+            self.blocks.slide(sequence.table, sequence.num_computed)
         chunks: dict[Sequence, Chunk] = {}
         budget = self.max_batch_tokens
         preempted = False
@@ -114,6 +117,7 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.num_computed
+        budget = min(budget, self.blocks.longest_chunk(start))
         ids = sequence.window()[start : start + budget]
         # Guesses go with a next token alone: behind a part of the prompt they would change how that is rounded.
         if self._draft is None or not sequence.draws or start + 1 != sequence.window_length:
@@ -124,8 +128,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, budget: int) -> Chunk | None:
         """The first chunk of a waiting sequence, or None when there is no room for all the tokens that it has."""
         self.blocks.share(sequence.table, self.blocks.match(sequence.shareable()))
-        missing = self.blocks.blocks_for(sequence.window_length) - len(sequence.table.blocks)
-        if missing > self.blocks.num_free:
+        if not self.blocks.has_room(sequence.table, sequence.window_length, self.max_batch_tokens):
             self.blocks.release(sequence.table)
             return None
         sequence.num_computed = len(sequence.table.blocks) * self.blocks.block_size

@@ -79,7 +79,14 @@ def recording(engine: Engine, records: Records) -> Engine:
     old, blocks = engine.runner.cache, engine.blocks
     assert isinstance(old, PagedCache)
     assert isinstance(engine.model, Transformer)
-    cache = PagedCache(engine.model, blocks.num_blocks, blocks.block_size, engine.scheduler.max_sequences, records)
+    cache = PagedCache(
+        engine.model,
+        blocks.num_blocks,
+        blocks.block_size,
+        blocks.num_window_blocks,
+        max_sequences=engine.scheduler.max_sequences,
+        record=records,
+    )
     for tensor in cache.keys + cache.values:
         tensor.fill_(float("nan"))
     engine.runner.cache = cache

@@ -48,7 +48,7 @@ def expected_tokens(model: Transformer, tokenizer: Tokenizer, asked: Asked) -> l
     """The whole sequence computed anew for each token, without an engine or a cache."""
     ids, p = list(asked.prompt), asked.params
     with torch.no_grad():
-        while len(ids) - len(asked.prompt) < p.max_tokens and len(ids) < CONTEXT:
+        while len(ids) - len(asked.prompt) < p.max_tokens and len(ids) < model.config.context_length:
             drawn = sample(
                 model(torch.tensor([ids]))[:, -1],
                 temperature=p.temperature,

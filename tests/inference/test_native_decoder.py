@@ -176,8 +176,8 @@ def test_autocast_gives_what_the_model_gives_under_it() -> None:
     assert torch.equal(ours, expected)
 
 
-def decoder() -> tuple[object, list[Tensor]]:
-    """One layer over a cache of 3 blocks of 4 tokens, and the tensors that it uses."""
+def decoder(pool: int) -> tuple[object, list[Tensor]]:
+    """One layer over a pool of 3 blocks of 4 tokens, of which the other pool has more, and the tensors that it uses."""
     weights, norm = [torch.ones(8, 8)] * 7, torch.ones(8)
     cache = torch.zeros(2, 3, 4, 1, 8)
     made = native().DecoderFloat32(
@@ -186,7 +186,7 @@ def decoder() -> tuple[object, list[Tensor]]:
         kv_heads=1,
         head_dim=8,
         intermediate_size=8,
-        blocks=3,
+        blocks=(3, 2) if pool == 0 else (7, 3),
         block_size=4,
         eps=1e-6,
         scale=1.0,
@@ -195,7 +195,8 @@ def decoder() -> tuple[object, list[Tensor]]:
         norm=norm.data_ptr(),
     )
     projections = [("", w.data_ptr(), (8, 8, 32), 0) for w in weights]
-    made.add_layer([norm.data_ptr(), 0, 0, 0, norm.data_ptr(), 0], projections, 0, 0, *(c.data_ptr() for c in cache))
+    norms, addresses = [norm.data_ptr(), 0, 0, 0, norm.data_ptr(), 0], [c.data_ptr() for c in cache]
+    made.add_layer(norms, projections, pool, 0, *addresses, pool == 1)
     return made, [*weights, norm, cache]
 
 
@@ -215,21 +216,25 @@ def decoder() -> tuple[object, list[Tensor]]:
         ({"rows": 0}, "must have rows"),
     ],
 )
-def test_what_lies_outside_its_memory_is_refused(change: dict[str, int], message: str) -> None:
-    made, kept = decoder()
+@pytest.mark.parametrize("pool", [0, 1])
+def test_what_lies_outside_its_memory_is_refused(change: dict[str, int], message: str, pool: int) -> None:
+    made, kept = decoder(pool)
     v = {"position": 5, "slot": 9, "block": 2, "length": 6, "size": 1, "first": 0, "tables": 1, "rows": 1} | change
     hidden, out = torch.ones(1, 8), torch.full((1, 8), torch.nan)
     position, slot = torch.tensor([v["position"]]), torch.tensor([v["slot"]])
     table = torch.tensor([[0, v["block"]]] * 2, dtype=torch.int32)
     lengths = torch.tensor([v["length"]] * 2, dtype=torch.int32)
     angles = torch.ones(7, 4)
-    group = (v["first"], v["size"], 1, 2, table.data_ptr(), lengths.data_ptr())
+    others_slot, others_table = torch.zeros(1, dtype=torch.int64), torch.zeros_like(table)
+    slots, tables = [others_slot.data_ptr()] * 2, [others_table.data_ptr()] * 2
+    slots[pool], tables[pool] = slot.data_ptr(), table.data_ptr()
+    group = (v["first"], v["size"], 1, 2, tables, lengths.data_ptr())
     with pytest.raises(ValueError, match=message):
         made.run(  # type: ignore[attr-defined]
             v["rows"],
             hidden.data_ptr(),
             position.data_ptr(),
-            slot.data_ptr(),
+            slots,
             [group],
             [(angles.data_ptr(), angles.data_ptr(), 7)] * v["tables"],
             out.data_ptr(),
@@ -250,14 +255,24 @@ def test_what_lies_outside_its_memory_is_refused(change: dict[str, int], message
         ({"address": 0}, "has no storage"),
         ({"norm": 1}, "both have a norm"),
         ({"window": -1}, "must not be negative"),
+        ({"windowed": True}, "must have a window, and blocks"),
     ],
 )
 def test_a_layer_that_does_not_fit_is_refused(change: dict, message: str) -> None:
-    made, kept = decoder()
+    made, kept = decoder(0)
     weight, norm, cache = kept[0], kept[-2], kept[-1]
-    v = {"kind": "", "address": weight.data_ptr(), "shape": (8, 8, 32), "norm": 0, "window": 0} | change
+    v = {
+        "kind": "",
+        "address": weight.data_ptr(),
+        "shape": (8, 8, 32),
+        "norm": 0,
+        "window": 0,
+        "windowed": False,
+    } | change
     right = ("", weight.data_ptr(), (8, 8, 32), 0)
     wrong = (v["kind"], v["address"], v["shape"], 0)
     norms = [0, norm.data_ptr() if v["norm"] else 0, 0, 0, 0, 0]
     with pytest.raises(ValueError, match=message):
-        made.add_layer(norms, [*[right] * 6, wrong], v["window"], 0, *(c.data_ptr() for c in cache))  # type: ignore[attr-defined]
+        made.add_layer(  # type: ignore[attr-defined]
+            norms, [*[right] * 6, wrong], v["window"], 0, *(c.data_ptr() for c in cache), v["windowed"]
+        )

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from fastlm.inference import Engine, SamplingParams, paged_cache
+from fastlm.inference import Engine, SamplingParams, paged_step
 from fastlm.inference.shared_prefix import for_kernels, num_shared_tokens
 from fastlm.model import ModelConfig
 from tests.inference.conftest import random_model
@@ -44,7 +44,7 @@ def test_the_engine_promises_what_holds(paged, tokenizer, monkeypatch) -> None:
     answers = []
     for patched in (False, True):
         if patched:
-            monkeypatch.setattr(paged_cache, "for_kernels", on_the_cpu_too)
+            monkeypatch.setattr(paged_step, "for_kernels", on_the_cpu_too)
         engine = Engine(paged, tokenizer, block_size=4)
         engine.runner.cache._native = None  # so that steps go through the op
         engine.add_request(0, prompts[0], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
