@@ -189,6 +189,7 @@ def forward_kernel(
     CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are of (batch, seq, heads, HEAD_DIM), in blocks of (1, ROWS or BLOCK_N, 1, HEAD_DIM)."""
+    gl.static_assert(STAGES >= 2)  # with one, a consumer would wait for the next K while it still reads V
     plane = gl.program_id(0)
     tile = gl.program_id(1)
     if CAUSAL:

@@ -355,7 +355,7 @@ def backward(
     scalars = (call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor, scale)
 
     has_elements = bias is not None or dropout > 0
-    cut = tiles("keys", q.shape[-1], q.dtype, chip, has_elements)
+    cut = tiles("keys", q.shape[-1], q.dtype, chip, has_elements, q.device)
     grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, cut.block_n))
     if 0 not in grid:
         _key_kernel[grid](
@@ -367,7 +367,7 @@ def backward(
         # Tiles that no row sees are not written. What the bias shares among heads or sequences is summed in fp32.
         full = call.bias.shape == bias.shape
         wide_grad_bias = torch.zeros(call.bias.shape, dtype=bias.dtype if full else torch.float32, device=q.device)
-    cut = tiles("queries", q.shape[-1], q.dtype, chip, has_elements)
+    cut = tiles("queries", q.shape[-1], q.dtype, chip, has_elements, q.device)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 not in grid:
         _query_kernel[grid](
