@@ -91,7 +91,7 @@ class Shared:
         return Shared(self.data.permute(*order), self.simulation)
 
     def store(self, value: Tensor) -> None:
-        assert value.shape == self.data.shape and value.dtype == self.dtype, (value.shape, value.dtype)
+        assert (value.shape, value.dtype) == (self.data.shape, self.dtype)
         self.simulation.pause()
         self.data.copy_(value)
         self.simulation.unfenced[self.data.data_ptr()] = self.simulation.current
@@ -355,7 +355,8 @@ def stand_ins(simulation: Simulation) -> dict[str, Any]:
             barrier.barrier.arrive()
 
     gl = SimpleNamespace(
-        constexpr=lambda value: value, static_assert=lambda fact: None, static_range=range, to_tensor=lambda x: x, cast=lambda x, dtype: x,
+        constexpr=lambda value: value, static_assert=lambda fact: None, static_range=range,
+        to_tensor=lambda x: x, cast=lambda x, dtype: x,
         float32=torch.float32, int64=torch.int64, int32=torch.int32,
         SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None, NVMMADistributedLayout=lambda *_: None,
         convert_layout=lambda x, layout: x,

@@ -1,5 +1,5 @@
-"""The Hopper kernels of attention, run by the simulator of their barriers and copies; and on a Hopper GPU where there is
-one (`pytest -m gpu`, with FASTLM_BACKEND=gluon)."""
+"""The Hopper kernels of attention, run by the simulator of their barriers and copies; and, where there is one, on a
+Hopper GPU (`pytest -m gpu`, with FASTLM_BACKEND=gluon)."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_forward_matches_float64_however_its_warps_and_copies_interleave(case, d
 # What is changed in the kernel's source, and what becomes of it. Each would be a wrong result or a hang on a GPU, and
 # some of them only now and then.
 MUTATIONS: dict[str, tuple[str, str]] = {
-    "K is loaded into a slot that is being read": ("        mbarrier.wait(k_empty.index(slot), phase ^ 1)", "        #"),
-    "V is loaded into a slot that is being read": ("        mbarrier.wait(v_empty.index(slot), phase ^ 1)", "        #"),
+    "K is loaded into a slot that is being read": ("mbarrier.wait(k_empty.index(slot), phase ^ 1)", "#"),
+    "V is loaded into a slot that is being read": ("mbarrier.wait(v_empty.index(slot), phase ^ 1)", "#"),
     "the producer waits for the other phase": ("mbarrier.wait(v_empty.index(slot), phase ^ 1)",
                                                "mbarrier.wait(v_empty.index(slot), phase)"),
     "the phase of the ring is one slot off": ("phase = i // STAGES & 1", "phase = (i + 1) // STAGES & 1"),
@@ -98,7 +98,8 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "V is read before it is there": ("        mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)\n", ""),
     "the last V is read before it is there": (
         "    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)\n", ""),
-    "the phase of V is that of the next tile": ("v_full.index(before), (i - 1) // STAGES", "v_full.index(before), i // STAGES"),
+    "the phase of V is that of the next tile": (
+        "v_full.index(before), (i - 1) // STAGES", "v_full.index(before), i // STAGES"),
     "logits are used in flight": ("warpgroup_mma_wait(1, [logits])", "warpgroup_mma_wait(2, [logits])"),
     "out is used in flight": ("        acc, p = warpgroup_mma_wait(0,", "        acc, p = warpgroup_mma_wait(1,"),
     "the first K is given back before the product is done": (

@@ -70,7 +70,7 @@ def supports(
     for name, t in (("q", q), ("k", k), ("v", v)):
         reason = unreadable_by_tma(t)
         if reason:
-            return f"reads by TMA, which needs {reason}; {name} has strides {t.stride()}: {name}.contiguous() has none such"
+            return f"reads by TMA, which needs {reason}; {name} has strides {t.stride()}: call {name}.contiguous()"
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)
         if major != 9:

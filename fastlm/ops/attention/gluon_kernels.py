@@ -149,7 +149,7 @@ def _attend(
     logits = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, [logits])
     mbarrier.arrive(k_empty.index(0))
-    weights, decay, highest, total = _softmax(
+    weights, _, highest, total = _softmax(
         logits, highest, total, factor, positions, (count - 1) * BLOCK_N, seq_k, True, CAUSAL, BLOCK_N, LOGITS
     )  # fmt: skip
     p = gl.convert_layout(weights.to(k_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
