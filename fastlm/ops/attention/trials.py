@@ -87,9 +87,9 @@ def tune(shape: Shape, train: bool, measure: Measure, report: Callable[[str, Out
     for direction in best:
         key = tuning.backend_key(direction, shape.head_dim, shape.causal)
         gluon = tuned.backends | {key: "gluon"}
-        if direction == "backward" and "gluon" not in tuned.backends.values():
-            continue  # a call's backward is Gluon's only where its forward is
-        faster = run(f"{direction}, gluon", direction, gluon, tuned.tiles) < best[direction]
+        # A call's backward is Gluon's only where its forward is.
+        tried = direction == "forward" or "gluon" in tuned.backends.values()
+        faster = tried and run(f"{direction}, gluon", direction, gluon, tuned.tiles) < best[direction]
         tuned.backends[key] = "gluon" if faster else "triton"
     return tuned
 
