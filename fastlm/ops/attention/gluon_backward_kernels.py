@@ -40,14 +40,13 @@ def _load_queries(
         key = first_key + consumer * ROWS
         tma_load(k_desc, [batch, key, kv_head, 0], own.index(0), k_smem.index(consumer))
         tma_load(v_desc, [batch, key, kv_head, 0], own.index(0), v_smem.index(consumer))
-    size = q_desc.block_type.nbytes + grad_desc.block_type.nbytes
-    size = size + lse_desc.block_type.nbytes + delta_desc.block_type.nbytes
+    SIZE: gl.constexpr = 2 * (q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
     for i in range(group * count):
         slot = i % STAGES
         head = kv_head * group + i // count
         row = _tile_of_queries(i % count, count, start, BLOCK_M)
         mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(slot), size)
+        mbarrier.expect(full.index(slot), SIZE)
         tma_load(q_desc, [batch, row, head, 0], full.index(slot), q_smem.index(slot))
         tma_load(grad_desc, [batch, row, head, 0], full.index(slot), grad_smem.index(slot))
         tma_load(lse_desc, [(batch * heads + head) * seq_q + row], full.index(slot), lse_smem.index(slot))
@@ -74,8 +73,12 @@ def _walk_queries(
         q = q_smem.index(slot).reshape([BLOCK_M, HEAD_DIM])
         grad = grad_smem.index(slot).reshape([BLOCK_M, HEAD_DIM])
         zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, LOGITS)
+        if MASKED:
+            centred = zeros
+        else:
+            centred = zeros - delta_smem.index(slot).load(columns)[None, :]
         logits = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        grad_weights = warpgroup_mma(v, grad.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        grad_weights = warpgroup_mma(v, grad.permute((1, 0)), centred, use_acc=not MASKED, is_async=True)
         lse = lse_smem.index(slot).load(columns) * LOG2_E
         logits = warpgroup_mma_wait(1, [logits])
         weights = gl.exp2(logits * factor - lse[None, :])
@@ -87,11 +90,12 @@ def _walk_queries(
             weights = gl.where(seen, weights, 0.0)
         p = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         grad_v = warpgroup_mma(p, grad, grad_v, is_async=True)
-        delta = delta_smem.index(slot).load(columns)
         grad_weights = warpgroup_mma_wait(1, [grad_weights])
-        grad_logits = weights * (grad_weights - delta[None, :])
         if MASKED:  # what stands beside the last query is another head's, or nothing
-            grad_logits = gl.where(seen, grad_logits, 0.0)
+            delta = delta_smem.index(slot).load(columns)
+            grad_logits = gl.where(seen, weights * (grad_weights - delta[None, :]), 0.0)
+        else:
+            grad_logits = weights * grad_weights
         ds = gl.convert_layout(grad_logits.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         grad_k = warpgroup_mma(ds, q, grad_k, is_async=True)
         grad_v, grad_k, p, ds = warpgroup_mma_wait(0, [grad_v, grad_k, p, ds])
@@ -179,6 +183,151 @@ def keys_kernel(
                 q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, q_smem, grad_smem, k_smem, v_smem, lse_smem,
                 delta_smem, own, full, empty, batch, kv_head, group, kv_heads * group, seq_q, first_key, start, count,
                 BLOCK_M, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_keys(
+    q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full, v_empty,
+    batch, head, kv_head, first_row, count, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer of the second kernel: queries and the gradient of out once, then keys and values, the last first."""
+    mbarrier.expect(own.index(0), CONSUMERS * (q_desc.block_type.nbytes + grad_desc.block_type.nbytes))
+    for consumer in gl.static_range(CONSUMERS):
+        row = first_row + consumer * ROWS
+        tma_load(q_desc, [batch, row, head, 0], own.index(0), q_smem.index(consumer))
+        tma_load(grad_desc, [batch, row, head, 0], own.index(0), grad_smem.index(consumer))
+    for i in range(count):
+        slot = i % STAGES
+        phase = i // STAGES & 1
+        key = (count - 1 - i) * BLOCK_N
+        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma_load(k_desc, [batch, key, kv_head, 0], k_full.index(slot), k_smem.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma_load(v_desc, [batch, key, kv_head, 0], v_full.index(slot), v_smem.index(slot))
+
+
+@gluon.jit
+def _walk_keys(
+    grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, end, count, positions, seq_k,
+    factor, MASKED: gl.constexpr, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, LOGITS: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    for i in range(start, end):
+        slot = i % STAGES
+        phase = i // STAGES & 1
+        k = k_smem.index(slot).reshape([BLOCK_N, HEAD_DIM])
+        v = v_smem.index(slot).reshape([BLOCK_N, HEAD_DIM])
+        zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
+        mbarrier.wait(k_full.index(slot), phase)
+        logits = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(slot), phase)
+        grad_weights = warpgroup_mma(grad, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        logits = warpgroup_mma_wait(1, [logits])
+        weights = gl.exp2(logits * factor - lse[:, None])
+        if MASKED:
+            keys = (count - 1 - i) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LOGITS))
+            seen = keys[None, :] < seq_k
+            if CAUSAL:
+                seen = seen & (keys[None, :] <= positions[:, None])
+            weights = gl.where(seen, weights, 0.0)
+        grad_weights = warpgroup_mma_wait(0, [grad_weights])
+        mbarrier.arrive(v_empty.index(slot))
+        grad_logits = weights * (grad_weights - delta[:, None])
+        ds = gl.convert_layout(grad_logits.to(k_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
+        grad_q = warpgroup_mma(ds, k, grad_q, is_async=True)
+        grad_q, ds = warpgroup_mma_wait(0, [grad_q, ds])
+        mbarrier.arrive(k_empty.index(slot))
+    return grad_q
+
+
+@gluon.jit
+def _queries_gradient(
+    grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full, v_empty,
+    plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer of the second kernel: dQ of ROWS queries."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    first_row += CONSUMER * ROWS
+    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
+    positions = rows + (seq_k - seq_q)
+    offsets = gl.cast(plane, gl.int64) * seq_q + rows
+    lse = gl.load(lse_ptr + offsets, rows < seq_q, 0.0) * LOG2_E
+    delta = gl.load(delta_ptr + offsets, rows < seq_q, 0.0)
+    masked_end = gl.to_tensor(1)
+    if CAUSAL:
+        whole = gl.maximum(first_row + seq_k - seq_q + 1, 0) // BLOCK_N
+        masked_end = gl.minimum(gl.maximum(count - whole, 1), count)
+    grad_q = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
+    mbarrier.wait(own.index(0), 0)
+    q = q_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
+    grad = grad_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
+    grad_q = _walk_keys(
+        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, 0, masked_end, count, positions,
+        seq_k, factor, True, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, LOGITS, OUT,
+    )  # fmt: skip
+    grad_q = _walk_keys(
+        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked_end, count, count,
+        positions, seq_k, factor, False, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, LOGITS, OUT,
+    )  # fmt: skip
+    q.store((grad_q * scale).to(k_smem.dtype))
+    fence_async_shared()
+    tma_store(grad_q_desc, [batch, first_row, head, 0], q_smem.index(CONSUMER))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["seq_q", "seq_k"])
+def queries_kernel(
+    q_desc, grad_desc, k_desc, v_desc, grad_q_desc, lse_ptr, delta_ptr, heads, group, seq_q, seq_k, factor, scale,
+    CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ. Descriptors are of (batch, seq, heads, HEAD_DIM)."""
+    plane = gl.program_id(0)
+    tile = gl.program_id(1)
+    if CAUSAL:
+        tile = gl.num_programs(1) - 1 - tile
+    batch = plane // heads
+    head = plane % heads
+    first_row = tile * (ROWS * CONSUMERS)
+    end = seq_k
+    if CAUSAL:
+        end = gl.minimum(first_row + ROWS * CONSUMERS, seq_q) + seq_k - seq_q
+    count = gl.maximum((end + BLOCK_N - 1) // BLOCK_N, 1)
+
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, ROWS, 1, HEAD_DIM], q_desc.layout)
+    grad_smem = gl.allocate_shared_memory(grad_desc.dtype, [CONSUMERS, 1, ROWS, 1, HEAD_DIM], grad_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 1, HEAD_DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 1, HEAD_DIM], v_desc.layout)
+    own = allocate_barriers(1, 1)
+    k_full = allocate_barriers(STAGES, 1)
+    v_full = allocate_barriers(STAGES, 1)
+    k_empty = allocate_barriers(STAGES, CONSUMERS)
+    v_empty = allocate_barriers(STAGES, CONSUMERS)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (_queries_gradient, (
+                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
+                v_empty, plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 0, CAUSAL, HEAD_DIM,
+                BLOCK_N, STAGES,
+            )),
+            (_queries_gradient, (
+                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
+                v_empty, plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 1, CAUSAL, HEAD_DIM,
+                BLOCK_N, STAGES,
+            )),
+            (_load_keys, (
+                q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
+                v_empty, batch, head, head // group, first_row, count, BLOCK_N, STAGES,
             )),
         ],
         [4, 1],
