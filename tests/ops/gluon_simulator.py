@@ -180,6 +180,22 @@ class Partition:
         self.thread.start()
 
 
+def without_imports(text: str) -> ast.Module:
+    """The module with what it imports from Triton left out, and what it imports from another module of kernels put in
+    its place."""
+    tree = ast.parse(text)
+    body: list[ast.stmt] = []
+    for node in tree.body:
+        module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+        if module.startswith("fastlm."):
+            source = Path(__file__).resolve().parents[2].joinpath(*module.split(".")).with_suffix(".py")
+            body += without_imports(source.read_text()).body
+        elif not module.startswith(("triton", "__future__")):
+            body.append(node)
+    tree.body = body
+    return tree
+
+
 class Simulation:
     """One run of one kernel. `source` is its module's text; `seed` draws the interleaving."""
 
@@ -192,14 +208,8 @@ class Simulation:
         self.turn = threading.Semaphore(0)
         self.loads: list[Callable[[], None]] = []
         self.unfenced: dict[int, Partition | None] = {}
-        tree = ast.parse(text)
-        tree.body = [
-            node
-            for node in tree.body
-            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triton"))
-        ]
         self.names: dict[str, Any] = stand_ins(self)
-        exec(compile(tree, "<kernel>", "exec"), self.names)
+        exec(compile(without_imports(text), "<kernel>", "exec"), self.names)
 
     def run(self, kernel: str, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]) -> None:
         """Every block of the grid, one after another. Raises SimulationError."""

@@ -23,10 +23,10 @@ def compile_kernel(name: str, head_dim: int, causal: bool, dtype: str) -> Compil
 
     kernel = getattr(gluon_kernels, name)
     tiles = gluon.TILES[head_dim]
-    rows = {"q": gluon_kernels.ROWS.value, "k": tiles.block_n, "v": tiles.block_n, "out": gluon_kernels.ROWS.value}
+    rows = {"q": gluon_kernels.ROWS.value, "k": tiles.block, "v": tiles.block, "out": gluon_kernels.ROWS.value}
     signature = {f"{t}_desc": f"tensordesc<{dtype}[1, {n}, 1, {head_dim}],{gluon._LAYOUT!r}>" for t, n in rows.items()}
     signature |= {"lse_ptr": "*fp32", "factor": "fp32"} | dict.fromkeys(["heads", "group", "seq_q", "seq_k"], "i32")
-    constants = {"CAUSAL": causal, "HEAD_DIM": head_dim, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages}
+    constants = {"CAUSAL": causal, "HEAD_DIM": head_dim, "BLOCK_N": tiles.block, "STAGES": tiles.stages}
     (compiled,) = compile_for_chips(kernel, signature, constants, capabilities=[90], source=GluonASTSource)
     return compiled
 
@@ -68,7 +68,7 @@ def test_exponentials_are_taken_while_products_run(head_dim, causal):
         assert "HGMMA" not in softmax
     assert len(overlapped) == (4 if causal else 2)  # two consumers, and the tiles at the diagonal apart
     # A thread of 128 has block_n / 2 of a tile's 64 × block_n logits.
-    assert min(overlapped) >= gluon.TILES[head_dim].block_n // 2
+    assert min(overlapped) >= gluon.TILES[head_dim].block // 2
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -21,9 +21,9 @@ from fastlm.ops.attention.gluon_kernels import CONSUMERS, ROWS, forward_kernel
 
 
 class Tiles(NamedTuple):
-    """Keys a tile, and tiles of K and of V in shared memory at once."""
+    """Rows of what a consumer walks over, keys in the forward, and tiles of it in shared memory at once."""
 
-    block_n: int
+    block: int
     stages: int
 
 
@@ -95,6 +95,10 @@ def unreadable_by_tma(t: Tensor) -> str | None:
     return None
 
 
+def readable_by_tma(t: Tensor) -> Tensor:
+    return t if unreadable_by_tma(t) is None else t.contiguous()
+
+
 def describe(t: Tensor, rows: int) -> TensorDescriptor:
     """TMA's view of (batch, seq, heads, head_dim), in blocks of `rows` of one head."""
     head_dim = t.shape[-1]
@@ -117,10 +121,10 @@ def plan_forward(
     return Launch(
         grid=(batch * heads, -(-seq_q // (rows * CONSUMERS.value))),
         args=(
-            describe(q, rows), describe(k, tiles.block_n), describe(v, tiles.block_n), describe(out, rows), lse,
+            describe(q, rows), describe(k, tiles.block), describe(v, tiles.block), describe(out, rows), lse,
             heads, heads // kv_heads, seq_q, seq_k, scale / math.log(2),
         ),
-        constants={"CAUSAL": causal, "HEAD_DIM": head_dim, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages},
+        constants={"CAUSAL": causal, "HEAD_DIM": head_dim, "BLOCK_N": tiles.block, "STAGES": tiles.stages},
     )  # fmt: skip
 
 
@@ -148,8 +152,39 @@ def forward(
     return out, lse
 
 
-def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Triton's, which takes the same out and lse."""
-    from fastlm.ops.attention import triton_backward
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gluon's where it is proven, or asked for, and head_dim is 64 or 128; else Triton's, which takes the same lse."""
+    from fastlm.ops.attention import gluon_backward, triton_backward  # they build on this module and on triton.py
 
-    return triton_backward.backward(*args)
+    head_dim = q.shape[-1]
+    asked = os.environ.get("FASTLM_BACKEND") == "gluon"
+    if head_dim in gluon_backward.KEYS_TILES and (
+        asked or tuning.backend(q.device, "backward", head_dim, causal) == "gluon"
+    ):
+        grads = gluon_backward.backward(grad_out, grad_lse, q, k, v, out, lse, causal, scale)
+        return *grads, q.new_empty(0), q.new_empty(0)
+    return triton_backward.backward(
+        grad_out, grad_lse, q, k, v, out, lse, bias, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        causal, window, softcap, scale, dropout, seed, bias_grad,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 @gluon.jit
 def _load_queries(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, q_smem, grad_smem, k_smem, v_smem, lse_smem, delta_smem,
-    own, full, empty, batch, kv_head, group, heads, seq_q, first_key, start, count,
+    own, full, empty, batch, kv_head, group, heads, pitch, first_key, start, count,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer of the first kernel: keys and values once; then for each head the last tile of queries, which may
@@ -49,8 +49,9 @@ def _load_queries(
         mbarrier.expect(full.index(slot), SIZE)
         tma_load(q_desc, [batch, row, head, 0], full.index(slot), q_smem.index(slot))
         tma_load(grad_desc, [batch, row, head, 0], full.index(slot), grad_smem.index(slot))
-        tma_load(lse_desc, [(batch * heads + head) * seq_q + row], full.index(slot), lse_smem.index(slot))
-        tma_load(delta_desc, [(batch * heads + head) * seq_q + row], full.index(slot), delta_smem.index(slot))
+        offset = (batch * heads + head) * pitch + row
+        tma_load(lse_desc, [offset], full.index(slot), lse_smem.index(slot))
+        tma_load(delta_desc, [offset], full.index(slot), delta_smem.index(slot))
 
 
 @gluon.jit
@@ -146,7 +147,8 @@ def keys_kernel(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, grad_k_desc, grad_v_desc, kv_heads, group, seq_q, seq_k,
     factor, scale, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV. Descriptors are of (batch, seq, heads, HEAD_DIM); of lse and delta, of all their elements in a row."""
+    """dK and dV. Descriptors are of (batch, seq, heads, HEAD_DIM); of lse and delta, of all their elements in a row,
+    in which each head has seq_q of them and as many more as make a multiple of 16 bytes, where TMA can start."""
     batch = gl.program_id(0) // kv_heads
     kv_head = gl.program_id(0) % kv_heads
     first_key = gl.program_id(1) * (ROWS * CONSUMERS)  # under a causal mask the first keys have the longest walks
@@ -181,8 +183,8 @@ def keys_kernel(
             )),
             (_load_queries, (
                 q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, q_smem, grad_smem, k_smem, v_smem, lse_smem,
-                delta_smem, own, full, empty, batch, kv_head, group, kv_heads * group, seq_q, first_key, start, count,
-                BLOCK_M, STAGES,
+                delta_smem, own, full, empty, batch, kv_head, group, kv_heads * group, (seq_q + 3) // 4 * 4, first_key,
+                start, count, BLOCK_M, STAGES,
             )),
         ],
         [4, 1],
@@ -225,7 +227,6 @@ def _walk_keys(
         k = k_smem.index(slot).reshape([BLOCK_N, HEAD_DIM])
         v = v_smem.index(slot).reshape([BLOCK_N, HEAD_DIM])
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
-        mbarrier.wait(k_full.index(slot), phase)
         logits = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(slot), phase)
         grad_weights = warpgroup_mma(grad, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -237,6 +238,8 @@ def _walk_keys(
             if CAUSAL:
                 seen = seen & (keys[None, :] <= positions[:, None])
             weights = gl.where(seen, weights, 0.0)
+        # As in the forward: a branch here keeps ptxas from waiting for the product before it takes exp2.
+        mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
         grad_weights = warpgroup_mma_wait(0, [grad_weights])
         mbarrier.arrive(v_empty.index(slot))
         grad_logits = weights * (grad_weights - delta[:, None])
@@ -268,6 +271,7 @@ def _queries_gradient(
         masked_end = gl.minimum(gl.maximum(count - whole, 1), count)
     grad_q = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
     mbarrier.wait(own.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
     q = q_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
     grad = grad_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
     grad_q = _walk_keys(
@@ -290,6 +294,7 @@ def queries_kernel(
     CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ. Descriptors are of (batch, seq, heads, HEAD_DIM)."""
+    gl.static_assert(STAGES >= 2)  # the next K is awaited before this one is given back
     plane = gl.program_id(0)
     tile = gl.program_id(1)
     if CAUSAL:
