@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 # By head_dim: as many as the 227 KiB of shared memory and the 240 registers of a consumer hold.
 TILES = {64: Tiles(128, 4), 128: Tiles(128, 3), 256: Tiles(64, 2)}
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 def supports(
@@ -103,7 +103,7 @@ def describe(t: Tensor, rows: int) -> TensorDescriptor:
     """TMA's view of (batch, seq, heads, head_dim), in blocks of `rows` of one head."""
     head_dim = t.shape[-1]
     strides = [stride if size > 1 else head_dim for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, rows, 1, head_dim], _LAYOUT)
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, rows, 1, head_dim], LAYOUT)
 
 
 class Launch(NamedTuple):

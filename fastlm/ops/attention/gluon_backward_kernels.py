@@ -1,13 +1,13 @@
 """The Hopper kernels of attention's backward pass, in Gluon: one for dK and dV, one for dQ.
 
-Both are built as the forward is: a warp that only loads, and two consumer warpgroups of 64 rows. In the first a consumer
-keeps 64 keys and walks over tiles of queries of every head of its group; in the second it keeps 64 queries and walks
-over tiles of keys. Logits are computed transposed in the first, so that in both kernels the weights and the gradients
-of the logits leave the softmax as the left operands of the next products, in registers: nothing goes through shared
-memory but what TMA brings. Of the seven products (2 of them done twice: no kernel adds to what another writes, so the
-gradients are the same on every run) each is in flight while the consumer does the arithmetic of another: exp2 runs
-under dO · Vᵀ, and in the first kernel the gradients of the logits under Pᵀ · dO; beside them runs the other
-consumer. Design: FlashAttention-3 (arXiv 2407.08608), section 3.2 and appendix; its atomic sum of dQ is left out.
+Both are built as the forward is: a warp that only loads, and two consumer warpgroups of 64 rows. In the first kernel a
+consumer keeps 64 keys and walks over tiles of queries of every head of its group; in the second it keeps 64 queries and
+walks over tiles of keys. The first computes logits transposed, so that in both the weights and the gradients of the
+logits are left operands of the next products as they stand in registers: through shared memory goes only what TMA
+brings. The cycles go to seven products a pair of tiles, and two exp2 a logit: two products and one exp2 more than one
+kernel would take that adds into dQ by atomics, as FlashAttention-3's does (arXiv 2407.08608), and for them the
+gradients are the same on every run. exp2 runs under dO · Vᵀ and, in the first kernel, the gradients of the logits are
+made under Pᵀ · dO; what is left bare runs under the other consumer's products.
 """
 
 from __future__ import annotations
@@ -82,19 +82,18 @@ def _walk_queries(
         grad_weights = warpgroup_mma(v, grad.permute((1, 0)), centred, use_acc=not MASKED, is_async=True)
         lse = lse_smem.index(slot).load(columns) * LOG2_E
         logits = warpgroup_mma_wait(1, [logits])
-        weights = gl.exp2(logits * factor - lse[None, :])
-        if MASKED:
+        if MASKED:  # what stands behind the last query is another head's, or nothing
             queries = _tile_of_queries(j, count, start, BLOCK_M) + gl.arange(0, BLOCK_M, layout=columns)
-            seen = (queries < seq_q)[None, :]
-            if CAUSAL:
-                seen = seen & (keys[:, None] <= queries[None, :] + shift)
-            weights = gl.where(seen, weights, 0.0)
+            lse = gl.where(queries < seq_q, lse, float("inf"))
+        weights = gl.exp2(logits * factor - lse[None, :])
+        if MASKED and CAUSAL:
+            weights = gl.where(keys[:, None] <= (queries + shift)[None, :], weights, 0.0)
         p = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         grad_v = warpgroup_mma(p, grad, grad_v, is_async=True)
         grad_weights = warpgroup_mma_wait(1, [grad_weights])
-        if MASKED:  # what stands beside the last query is another head's, or nothing
-            delta = delta_smem.index(slot).load(columns)
-            grad_logits = gl.where(seen, weights * (grad_weights - delta[None, :]), 0.0)
+        if MASKED:
+            delta = gl.where(queries < seq_q, delta_smem.index(slot).load(columns), 0.0)
+            grad_logits = weights * (grad_weights - delta[None, :])
         else:
             grad_logits = weights * grad_weights
         ds = gl.convert_layout(grad_logits.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
@@ -194,7 +193,7 @@ def keys_kernel(
 
 @gluon.jit
 def _load_keys(
-    q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full, v_empty,
+    q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, v_full, empty,
     batch, head, kv_head, first_row, count, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer of the second kernel: queries and the gradient of out once, then keys and values, the last first."""
@@ -207,17 +206,16 @@ def _load_keys(
         slot = i % STAGES
         phase = i // STAGES & 1
         key = (count - 1 - i) * BLOCK_N
-        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+        mbarrier.wait(empty.index(slot), phase ^ 1)  # K's, which is read last
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         tma_load(k_desc, [batch, key, kv_head, 0], k_full.index(slot), k_smem.index(slot))
-        mbarrier.wait(v_empty.index(slot), phase ^ 1)
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
         tma_load(v_desc, [batch, key, kv_head, 0], v_full.index(slot), v_smem.index(slot))
 
 
 @gluon.jit
 def _walk_keys(
-    grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, start, end, count, positions, seq_k,
+    grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, v_full, empty, start, end, count, positions, seq_k,
     factor, MASKED: gl.constexpr, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, LOGITS: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
@@ -241,18 +239,17 @@ def _walk_keys(
         # As in the forward: a branch here keeps ptxas from waiting for the product before it takes exp2.
         mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
         grad_weights = warpgroup_mma_wait(0, [grad_weights])
-        mbarrier.arrive(v_empty.index(slot))
         grad_logits = weights * (grad_weights - delta[:, None])
         ds = gl.convert_layout(grad_logits.to(k_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
         grad_q = warpgroup_mma(ds, k, grad_q, is_async=True)
         grad_q, ds = warpgroup_mma_wait(0, [grad_q, ds])
-        mbarrier.arrive(k_empty.index(slot))
+        mbarrier.arrive(empty.index(slot))
     return grad_q
 
 
 @gluon.jit
 def _queries_gradient(
-    grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full, v_empty,
+    grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, v_full, empty,
     plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -275,11 +272,11 @@ def _queries_gradient(
     q = q_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
     grad = grad_smem.index(CONSUMER).reshape([ROWS, HEAD_DIM])
     grad_q = _walk_keys(
-        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, 0, masked_end, count, positions,
+        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, v_full, empty, 0, masked_end, count, positions,
         seq_k, factor, True, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, LOGITS, OUT,
     )  # fmt: skip
     grad_q = _walk_keys(
-        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked_end, count, count,
+        grad_q, q, grad, lse, delta, k_smem, v_smem, k_full, v_full, empty, masked_end, count, count,
         positions, seq_k, factor, False, CAUSAL, HEAD_DIM, BLOCK_N, STAGES, LOGITS, OUT,
     )  # fmt: skip
     q.store((grad_q * scale).to(k_smem.dtype))
@@ -314,25 +311,24 @@ def queries_kernel(
     own = allocate_barriers(1, 1)
     k_full = allocate_barriers(STAGES, 1)
     v_full = allocate_barriers(STAGES, 1)
-    k_empty = allocate_barriers(STAGES, CONSUMERS)
-    v_empty = allocate_barriers(STAGES, CONSUMERS)
+    empty = allocate_barriers(STAGES, CONSUMERS)
     fence_async_shared()
 
     gl.warp_specialize(
         [
             (_queries_gradient, (
-                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
-                v_empty, plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 0, CAUSAL, HEAD_DIM,
+                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, v_full, empty,
+                plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 0, CAUSAL, HEAD_DIM,
                 BLOCK_N, STAGES,
             )),
             (_queries_gradient, (
-                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
-                v_empty, plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 1, CAUSAL, HEAD_DIM,
+                grad_q_desc, lse_ptr, delta_ptr, q_smem, grad_smem, k_smem, v_smem, own, k_full, v_full, empty,
+                plane, batch, head, first_row, count, seq_q, seq_k, factor, scale, 1, CAUSAL, HEAD_DIM,
                 BLOCK_N, STAGES,
             )),
             (_load_keys, (
-                q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, k_empty, v_full,
-                v_empty, batch, head, head // group, first_row, count, BLOCK_N, STAGES,
+                q_desc, grad_desc, k_desc, v_desc, q_smem, grad_smem, k_smem, v_smem, own, k_full, v_full, empty,
+                batch, head, head // group, first_row, count, BLOCK_N, STAGES,
             )),
         ],
         [4, 1],
