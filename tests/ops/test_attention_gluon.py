@@ -86,11 +86,12 @@ def test_forward_matches_float64_however_its_warps_and_copies_interleave(case, d
 # What is changed in the kernel's source, and what becomes of it. Each would be a wrong result or a hang on a GPU, and
 # some of them only now and then.
 MUTATIONS: dict[str, tuple[str, str]] = {
-    "K is loaded into a slot that is being read": ("mbarrier.wait(k_empty.index(slot), phase ^ 1)", "#"),
-    "V is loaded into a slot that is being read": ("mbarrier.wait(v_empty.index(slot), phase ^ 1)", "#"),
-    "the producer waits for the other phase": ("mbarrier.wait(v_empty.index(slot), phase ^ 1)",
-                                               "mbarrier.wait(v_empty.index(slot), phase)"),
-    "the phase of the ring is one slot off": ("phase = i // STAGES & 1", "phase = (i + 1) // STAGES & 1"),
+    "tiles are loaded into slots that are being read": ("mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)", "#"),
+    "the producer waits for the other phase": ("(i // STAGES & 1) ^ 1", "i // STAGES & 1"),
+    "the phase of the ring is one slot off": ("(i // STAGES & 1) ^ 1", "((i + 1) // STAGES & 1) ^ 1"),
+    "the producer does not wait for V's readers": (
+        "v_smem, v_full, v_empty, i - 1, batch", "v_smem, v_full, k_empty, i - 1, batch"),
+    "V is loaded where its K's successor is": ("key + BLOCK_N, kv_head", "key, kv_head"),
     "queries are read before they are there": ("    mbarrier.wait(q_full.index(0), 0)\n", ""),
     "the first K is read before it is there": ("    mbarrier.wait(k_full.index(0), 0)\n", ""),
     "the next K is read before it is there": (
@@ -105,6 +106,9 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "the first K is given back before the product is done": (
         "    logits = warpgroup_mma_wait(0, [logits])\n    mbarrier.arrive(k_empty.index(0))\n",
         "    mbarrier.arrive(k_empty.index(0))\n    logits = warpgroup_mma_wait(0, [logits])\n"),
+    "K is given back before the product is done": (
+        "        logits = warpgroup_mma_wait(1, [logits])\n        mbarrier.arrive(k_empty.index(slot))\n",
+        "        mbarrier.arrive(k_empty.index(slot))\n        logits = warpgroup_mma_wait(1, [logits])\n"),
     "V is given back before the product is done": (
         "        acc, p = warpgroup_mma_wait(0, [acc, p])\n        mbarrier.arrive(v_empty.index(before))\n",
         "        mbarrier.arrive(v_empty.index(before))\n        acc, p = warpgroup_mma_wait(0, [acc, p])\n"),

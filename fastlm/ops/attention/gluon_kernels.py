@@ -47,26 +47,31 @@ def allocate_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def _fill(desc, smem, full, empty, i, batch, row, head, STAGES: gl.constexpr):
+    """Load number i into its slot of a ring, once every consumer has given back what was there. A slot's barriers are
+    in phase i // STAGES; of a fresh barrier the phase before counts as over."""
+    slot = i % STAGES
+    mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, [batch, row, head, 0], full.index(slot), smem.index(slot))
+
+
+@gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty,
     batch, head, kv_head, first_row, count, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: K and V of `count` tiles, the last first. Tile i of the walk goes to slot i % STAGES; the slot's
-    full and empty barriers are in phase i // STAGES."""
+    """The producer: `count` tiles, the last first, in the order in which they are read: V comes a step after its K."""
     mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
     for consumer in gl.static_range(CONSUMERS):
         row = first_row + consumer * ROWS
         tma_load(q_desc, [batch, row, head, 0], q_full.index(0), q_smem.index(consumer))
-    for i in range(count):
-        slot = i % STAGES
-        phase = i // STAGES & 1
+    for i in range(count + 1):
         key = (count - 1 - i) * BLOCK_N
-        mbarrier.wait(k_empty.index(slot), phase ^ 1)  # of a fresh barrier the phase before counts as over
-        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-        tma_load(k_desc, [batch, key, kv_head, 0], k_full.index(slot), k_smem.index(slot))
-        mbarrier.wait(v_empty.index(slot), phase ^ 1)
-        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-        tma_load(v_desc, [batch, key, kv_head, 0], v_full.index(slot), v_smem.index(slot))
+        if i < count:
+            _fill(k_desc, k_smem, k_full, k_empty, i, batch, key, kv_head, STAGES)
+        if i > 0:
+            _fill(v_desc, v_smem, v_full, v_empty, i - 1, batch, key + BLOCK_N, kv_head, STAGES)
 
 
 @gluon.jit
@@ -189,7 +194,6 @@ def forward_kernel(
     CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are of (batch, seq, heads, HEAD_DIM), in blocks of (1, ROWS or BLOCK_N, 1, HEAD_DIM)."""
-    gl.static_assert(STAGES >= 2)  # with one, a consumer would wait for the next K while it still reads V
     plane = gl.program_id(0)
     tile = gl.program_id(1)
     if CAUSAL:
