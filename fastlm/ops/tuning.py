@@ -96,8 +96,8 @@ def _of(index: int) -> dict[str, Any] | None:
 
 
 def record(device: torch.device) -> dict[str, Any] | None:
-    """The record that counts on `device`, read once a process; None on a CPU."""
-    if device.type != "cuda":
+    """The record that counts on `device`, read once a process; None on a CPU, and for fake tensors on no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
         return None
     return _of(torch.cuda.current_device() if device.index is None else device.index)
 

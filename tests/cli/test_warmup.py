@@ -100,7 +100,7 @@ def test_tune_records_what_is_right_and_fastest(tunable: str, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     tuned = json.loads(result.stdout)["tuned"]
     assert tuned["backends"] == {"attention forward 64 causal": "triton", "attention backward 64 causal": "triton"}
-    assert set(tuned["tiles"]) == {"forward 64 16-bit", "keys 64 16-bit"}
+    assert set(tuned["tiles"]) == {"forward 64 16-bit"}  # the stand-in finds any other tiles as fast
     assert tuned["outcomes"]["forward, gluon"]["problem"].startswith("needs compute capability 9.0")
     record = json.loads((tmp_path / "cache" / "fastlm" / "tuned" / "nvidia-test-1-3.7.1.json").read_text())
     assert str(tmp_path / "cache") in tuned["record"]

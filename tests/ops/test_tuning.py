@@ -21,6 +21,7 @@ GPU = torch.device("cuda", 0)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "chip", lambda device: CHIP)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     tuning._of.cache_clear()
     yield tmp_path
     tuning._of.cache_clear()
