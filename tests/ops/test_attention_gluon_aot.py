@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastlm.ops._registry import missing
 from tests.ops.helpers import Compiled, compile_for_chips
@@ -130,3 +132,43 @@ def test_a_warpgroup_meets_before_one_of_its_threads_arrives(kernel, head_dim):
     # Of two consumers with two walks each: the forward has K's first, and a walk's turn, K and V.
     assert len(arrivals) == {"forward_kernel": 14, "keys_kernel": 4, "queries_kernel": 4}[kernel]
     assert all(steps[i - 1] == "bar.sync" for i in arrivals)
+
+
+@pytest.fixture
+def pretended_hopper(monkeypatch):
+    """Triton's driver as far as its compiler asks it; it launches nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    pretended = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", pretended)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "seq_q"), [(1, 1, 1), (4, 2, 203), (16, 16, 128)])
+def test_launches_compile_with_the_arguments_that_calls_give_them(pretended_hopper, heads, kv_heads, seq_q):
+    """Triton makes constants of integers that are 1, and knows descriptors by what their tensors are."""
+    from fastlm.ops.attention import gluon, gluon_backward, gluon_backward_kernels, gluon_kernels
+
+    q, grad_q, grad = (torch.zeros(2, seq_q, heads, 64, dtype=torch.bfloat16) for _ in range(3))
+    k, v, grad_k, grad_v = (torch.zeros(2, 77, kv_heads, 64, dtype=torch.bfloat16) for _ in range(4))
+    lse = torch.zeros(2, heads, seq_q)
+    call = gluon_backward.Call(q, k, v, grad, lse, lse, True, 0.125)
+    launches = {
+        gluon_kernels.forward_kernel: gluon.plan_forward(q, k, v, grad_q, lse, True, 0.125, gluon.TILES[64]),
+        gluon_backward_kernels.keys_kernel: gluon_backward.plan_keys(
+            call, grad_k, grad_v, gluon_backward.KEYS_TILES[64]
+        ),
+        gluon_backward_kernels.queries_kernel: gluon_backward.plan_queries(
+            call, grad_q, gluon_backward.QUERIES_TILES[64]
+        ),
+    }
+    for kernel, launch in launches.items():
+        compiled = kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, num_warps=4)
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        boxes = [d["block_size"] for d in compiled.metadata.tensordesc_meta]
+        rows = [d.block_shape[1] for d in launch.args if hasattr(d, "block_shape") and len(d.block_shape) == 4]
+        assert [box for box in boxes if len(box) == 4] == [[1, n, 1, 64] for n in rows]

@@ -141,7 +141,7 @@ def _keys_gradients(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["seq_q", "seq_k"])
+@gluon.jit(do_not_specialize=["kv_heads", "group", "seq_q", "seq_k"])
 def keys_kernel(
     q_desc, grad_desc, k_desc, v_desc, lse_desc, delta_desc, grad_k_desc, grad_v_desc, kv_heads, group, seq_q, seq_k,
     factor, scale, CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
@@ -285,7 +285,7 @@ def _queries_gradient(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["seq_q", "seq_k"])
+@gluon.jit(do_not_specialize=["heads", "group", "seq_q", "seq_k"])
 def queries_kernel(
     q_desc, grad_desc, k_desc, v_desc, grad_q_desc, lse_ptr, delta_ptr, heads, group, seq_q, seq_k, factor, scale,
     CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,

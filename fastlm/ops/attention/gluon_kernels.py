@@ -188,7 +188,7 @@ def _attend(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["seq_q", "seq_k"])
+@gluon.jit(do_not_specialize=["heads", "group", "seq_q", "seq_k"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, heads, group, seq_q, seq_k, factor,
     CAUSAL: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
