@@ -183,7 +183,9 @@ def test_unproven_on_this_chip_it_serves_no_call_and_says_how_to_prove_it(monkey
     chosen: dict[str, Any] = {"backends": {tuning.backend_key("forward", 64, True): "gluon"}, "tiles": {}}
     monkeypatch.setattr(tuning, "record", lambda device: chosen)
     assert reason(*tensors) is None
-    assert "`fastlm warmup --tune`" in str(reason(*tensors, causal=False))
+    assert "has not been checked" in str(reason(*tensors, causal=False))
+    chosen["backends"][tuning.backend_key("forward", 64, True)] = "triton"
+    assert "was wrong, or slower" in str(reason(*tensors))
 
 
 def test_on_a_cpu_it_is_not_used(monkeypatch):

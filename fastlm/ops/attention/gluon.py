@@ -51,35 +51,40 @@ def supports(
     dropout: float,
     seed: int | Tensor | None,
 ) -> str | None:
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if major != 9:
+            return f"needs compute capability 9.0 (Hopper), not {major}.{minor}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"supports bf16 and fp16, not {q.dtype}"
     head_dim = q.shape[-1]
     if head_dim not in TILES:
         return f"supports head_dim 64, 128 and 256, not {head_dim}"
-    options = {
-        "window": window, "softcap": softcap, "sinks": sinks, "bias": bias, "packed sequences": cu_seqlens_q,
-        "dropout": dropout or None,
-    }  # fmt: skip
-    for name, value in options.items():
+    options = (
+        ("window", window), ("softcap", softcap), ("sinks", sinks), ("bias", bias), ("packed sequences", cu_seqlens_q),
+    )  # fmt: skip
+    for name, value in options:
         if value is not None:
             return f"has no {name}"
+    if dropout:
+        return "has no dropout"
     if scale is not None and scale <= 0:
         return f"needs a positive scale, which the running maximum relies on, not {scale}"
     if q.numel() == 0 or k.numel() == 0:
         return "needs at least one query and one key"
+    if os.environ.get("FASTLM_BACKEND") != "gluon":
+        chosen = tuning.backend(q.device, "forward", head_dim, causal)
+        if chosen is None:
+            return (
+                "has not been checked on this GPU yet: `fastlm warmup --tune` runs it beside Triton's kernels and "
+                "keeps the one that is right and faster"
+            )
+        if chosen != "gluon":
+            return "was wrong, or slower than Triton's kernels, when `fastlm warmup --tune` ran it on this GPU"
     for name, t in (("q", q), ("k", k), ("v", v)):
         reason = unreadable_by_tma(t)
         if reason:
             return f"reads by TMA, which needs {reason}; {name} has strides {t.stride()}: call {name}.contiguous()"
-    if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        if major != 9:
-            return f"needs compute capability 9.0 (Hopper), not {major}.{minor}"
-    if os.environ.get("FASTLM_BACKEND") != "gluon" and tuning.backend(q.device, "forward", head_dim, causal) != "gluon":
-        return (
-            "has not been checked on this GPU yet: `fastlm warmup --tune` runs it beside Triton's kernels and keeps "
-            "the one that is right and faster"
-        )
     return None
 
 
@@ -89,8 +94,9 @@ def unreadable_by_tma(t: Tensor) -> str | None:
         return "a contiguous last dimension"
     if t.data_ptr() % 16:
         return "a start on 16 bytes"
-    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-        if size > 1 and (stride <= 0 or stride * t.element_size() % 16):
+    size = t.element_size()
+    for length, stride in zip(t.shape, t.stride()[:-1], strict=False):
+        if length > 1 and (stride <= 0 or stride * size % 16):
             return "strides of a multiple of 16 bytes, above 0"
     return None
 
