@@ -375,6 +375,7 @@ def stand_ins(simulation: Simulation) -> dict[str, Any]:
         zeros=lambda shape, dtype, layout=None: torch.zeros(tuple(shape), dtype=dtype),
         where=torch.where, maximum=_ordered(torch.maximum, max), minimum=_ordered(torch.minimum, min),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+        fma=lambda a, b, c: a * b + c,
         load=load, store=store, allocate_shared_memory=shared, warp_specialize=simulation.specialize,
         program_id=lambda axis: simulation.ids[axis], num_programs=lambda axis: simulation.sizes[axis],
     )  # fmt: skip

@@ -99,6 +99,7 @@ def test_exponentials_are_taken_while_products_run(head_dim, causal):
         softmax, found, _ = after.partition("WARPGROUP.DEPBAR.LE gsb0, 0x0 ")
         assert found
         overlapped.append(softmax.count("MUFU.EX2"))
+        assert softmax.count("FFMA") >= softmax.count("MUFU.EX2") - 2  # scale, maximum: one instruction before each
         assert "HGMMA" not in softmax
     assert len(overlapped) == (4 if causal else 2)  # two consumers, and the tiles at the diagonal apart
     # A thread of 128 has block_n / 2 of a tile's 64 × block_n logits.

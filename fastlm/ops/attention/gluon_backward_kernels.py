@@ -85,7 +85,7 @@ def _walk_queries(
         if MASKED:  # what stands behind the last query is another head's, or nothing
             queries = _tile_of_queries(j, count, start, BLOCK_M) + gl.arange(0, BLOCK_M, layout=columns)
             lse = gl.where(queries < seq_q, lse, float("inf"))
-        weights = gl.exp2(logits * factor - lse[None, :])
+        weights = gl.exp2(gl.fma(logits, factor, -lse[None, :]))
         if MASKED and CAUSAL:
             weights = gl.where(keys[:, None] <= (queries + shift)[None, :], weights, 0.0)
         p = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
@@ -229,7 +229,7 @@ def _walk_keys(
         mbarrier.wait(v_full.index(slot), phase)
         grad_weights = warpgroup_mma(grad, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(1, [logits])
-        weights = gl.exp2(logits * factor - lse[:, None])
+        weights = gl.exp2(gl.fma(logits, factor, -lse[:, None]))
         if MASKED:
             keys = (count - 1 - i) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LOGITS))
             seen = keys[None, :] < seq_k

@@ -90,7 +90,7 @@ def _softmax(
     subtract = new_highest
     if MASKED:  # a row that has seen no key yet: -inf minus -inf would be NaN
         subtract = gl.where(new_highest == float("-inf"), 0.0, new_highest)
-    weights = gl.exp2(logits * factor - subtract[:, None])
+    weights = gl.exp2(gl.fma(logits, factor, -subtract[:, None]))
     decay = gl.exp2(highest - subtract)
     return weights, decay, new_highest, total * decay + gl.sum(weights, 1)
 
