@@ -4,10 +4,10 @@ A block of three warpgroups holds 128 queries of one head. One warp issues TMA c
 shared-memory slots and does nothing else, so the 240 registers that the consumers need come out of its share. Two
 consumer warpgroups hold 64 rows of queries each and spend their cycles on two asynchronous matrix products a tile
 (wgmma: Q · Kᵀ from shared memory, P · V with P from registers) and one exp2 a logit. An SM of the H100 multiplies 256
-times faster than it takes exp2, so exp2 must hide: Q · Kᵀ of the next tile and P · V of the last are both in flight
-while a consumer takes the softmax of the tile between (pipelining inside a warpgroup), and the consumers take turns
-at issuing their products, so that one's softmax runs under the other's products (ping-pong). scale · log2(e) is folded
-into the one multiply-add before exp2. Under a causal mask tiles past the diagonal are never loaded, the walk starts at
+times faster than it takes exp2, so exp2 must hide: a consumer issues Q · Kᵀ of a tile and P · V of the tile before
+together, and takes the softmax of the first while the second runs (pipelining inside a warpgroup); and the consumers
+take turns at issuing, so that one's softmax runs under the other's products (ping-pong). scale · log2(e) is folded into
+the one multiply-add before exp2. Under a causal mask tiles past the diagonal are never loaded, the walk starts at
 the diagonal, whose tiles alone are masked, and the longest walks start first. Design: FlashAttention-3 (Shah et al.,
 2024, arXiv 2407.08608), sections 3.1 and 3.2.
 
