@@ -1,7 +1,12 @@
-"""Attention, forward and with its backward, beside plain PyTorch, SDPA and, on a GPU, cuDNN and FlexAttention."""
+"""Attention, forward and with its backward, beside plain PyTorch, SDPA and, on a GPU, cuDNN and FlexAttention.
+
+On Hopper our Gluon kernels have a row of their own, whichever backend `ours` is. FASTLM_BENCH_GLUON=0 leaves it out, as
+`run_gpu.sh` does where their tests fail.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
@@ -12,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastlm.ops import attention
+from fastlm.ops._registry import missing
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -73,6 +79,31 @@ def with_backward(function: Function, tensors: list[Tensor], grad: Tensor) -> Ca
     return step
 
 
+def on_gluon(step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """The same step, served by the Gluon kernels."""
+
+    def forced() -> tuple[Tensor, ...]:
+        before = os.environ.get("FASTLM_BACKEND")
+        os.environ["FASTLM_BACKEND"] = "gluon"
+        try:
+            return step()
+        finally:
+            os.environ.pop("FASTLM_BACKEND")
+            if before is not None:
+                os.environ["FASTLM_BACKEND"] = before
+
+    return forced
+
+
+def has_gluon(device: str) -> bool:
+    return (
+        device == "cuda"
+        and torch.cuda.get_device_capability()[0] == 9
+        and missing("gluon") is None
+        and os.environ.get("FASTLM_BENCH_GLUON") != "0"
+    )
+
+
 def check(a: Iterable[Tensor], b: Iterable[Tensor]) -> None:
     for left, right in zip(a, b, strict=True):
         torch.testing.assert_close(left.float(), right.float(), rtol=3e-2, atol=3e-2 * right.float().std().item())
@@ -98,11 +129,16 @@ def cases(device: str) -> Iterable[Case]:
         frozen, tensors = [q, k, v], [t.detach().requires_grad_() for t in (q, k, v)]
         # Two products of 2 · seq² · head_dim a head, half of them under a causal mask; the backward has five.
         flops = 4.0 * batch * heads * seq * seq * head_dim / (2 if causal else 1)
+        forward = {p: forward_only(partial(f, causal=causal), frozen) for p, f in peers.items()}
+        both = {p: with_backward(partial(f, causal=causal), tensors, grad) for p, f in peers.items()}
+        if has_gluon(device):
+            forward["gluon"] = on_gluon(forward_only(partial(ours, causal=causal), frozen))
+            both["gluon"] = on_gluon(with_backward(partial(ours, causal=causal), tensors, grad))
         name = f"{batch}×{seq}×{heads}/{kv_heads}×{head_dim} {'causal' if causal else 'full'}"
         yield Case(
             name=f"forward {name}",
             ours=forward_only(partial(ours, causal=causal), frozen),
-            peers={p: forward_only(partial(f, causal=causal), frozen) for p, f in peers.items()},
+            peers=forward,
             check=check,
             bound=Bound(flops=flops, dtype=dtype),
             work=flops,
@@ -111,7 +147,7 @@ def cases(device: str) -> Iterable[Case]:
         yield Case(
             name=f"forward + backward {name}",
             ours=with_backward(partial(ours, causal=causal), tensors, grad),
-            peers={p: with_backward(partial(f, causal=causal), tensors, grad) for p, f in peers.items()},
+            peers=both,
             check=check,
             bound=Bound(flops=3.5 * flops, dtype=dtype),
             work=3.5 * flops,

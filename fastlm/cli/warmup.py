@@ -1,7 +1,8 @@
 """`fastlm warmup`: compiles a model's GPU kernels before the first request waits for them.
 
 Triton compiles a kernel when it is first called with some shapes and dtypes, and keeps it on disk. So what generation
-and training do is done once, with random weights, in a model of the same shapes and few layers.
+and training do is done once, with random weights, in a model of the same shapes and few layers. With `--tune`,
+attention's candidates for those shapes are compared and timed first, and the best are recorded for later runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 16  # tokens a block of the cache, as engines have it
 PROMPT_TOKENS = (1, 200)  # one row, and several tiles with an end inside one
+TUNED_TOKENS = 4096  # of the sequence that candidates are timed with, where the model's context reaches so far
 
 
 class Dtype(str, Enum):
@@ -44,11 +46,16 @@ def command(
     speculate: Annotated[
         int, typer.Option("--speculate", min=0, max=7, help="Also those of checking so many guessed tokens.")
     ] = 0,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="First find attention's fastest kernels on this GPU. Takes minutes."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile the kernels that a model needs on this machine's GPU, so that its first request does not wait.
 
-    Compiled kernels stay on disk, in TRITON_CACHE_DIR or ~/.triton/cache, for later runs of the same versions.
+    Compiled kernels stay on disk, in TRITON_CACHE_DIR or ~/.triton/cache, for later runs of the same versions. What
+    --tune finds stays in ~/.cache/fastlm/tuned, for this GPU and these versions of Triton and fastlm.
 
     Example: fastlm warmup --model gemma3-270m --dtype bfloat16
     """
@@ -65,6 +72,7 @@ def command(
     config = loaded.config
     del loaded
     chosen = getattr(torch, dtype.value) if dtype is not None else stored
+    tuned = tune_attention(config, chosen, train=train, quiet=as_json) if tune else None
     seconds: dict[str, float] = {}
     for name, step in steps(config, chosen, torch.device("cuda"), train=train, speculate=speculate):
         start = time.perf_counter()
@@ -77,9 +85,41 @@ def command(
     cache = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
     total = round(sum(seconds.values()), 2)
     if as_json:
-        print_json({"device": torch.cuda.get_device_name(), "steps": seconds, "seconds": total, "cache": cache})
+        facts = {"device": torch.cuda.get_device_name(), "steps": seconds, "seconds": total, "cache": cache}
+        print_json(facts if tuned is None else facts | {"tuned": tuned})
     else:
         console.print(f"{'compiled, and kept in ' + cache:<40} {total:8.2f} s", highlight=False, soft_wrap=True)
+
+
+def tune_attention(config: ModelConfig, dtype: torch.dtype, *, train: bool, quiet: bool) -> dict[str, Any]:
+    """Measures attention's candidates for the model's shapes, prints each and records the best.
+
+    Returns the record's path and what is in it, and each candidate's outcome. Raises ConfigError for fp32, of which
+    there is one kernel.
+    """
+    import torch
+
+    from fastlm.ops import tuning
+    from fastlm.ops.attention import trials
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"--tune is for bfloat16 and float16, not {dtype}; add --dtype bfloat16")
+    seq = min(TUNED_TOKENS, config.context_length)
+    name = str(dtype).removeprefix("torch.")
+    shape = trials.Shape(seq, config.num_heads, config.num_kv_heads, config.head_dim, name)
+
+    def report(candidate: str, outcome: trials.Outcome) -> None:
+        if not quiet:
+            said = outcome.problem or f"{outcome.milliseconds:8.3f} ms"
+            console.print(f"{candidate:<60} {said}", highlight=False, soft_wrap=True)
+
+    with status_console.status("attention's candidates, each in a process of its own …"):
+        found = trials.tune(shape, train, trials.measure, report)
+    path = tuning.save(tuning.chip(torch.device("cuda")), found.backends, found.tiles)
+    if not quiet:
+        console.print(f"recorded in {path}", highlight=False, soft_wrap=True)
+    outcomes = {candidate: outcome._asdict() for candidate, outcome in found.outcomes.items()}
+    return {"record": str(path), "backends": found.backends, "tiles": found.tiles, "outcomes": outcomes}
 
 
 def steps(

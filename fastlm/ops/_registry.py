@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,17 +46,31 @@ class Explanation:
 @cache
 def missing(backend: str) -> str | None:
     """Why `backend` cannot run on this machine for any op, or None."""
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+    if backend in ("triton", "gluon"):
+        found = importlib.util.find_spec("triton")
+        if found is None:
+            return "Triton is not installed (pip install triton)"
+        if backend == "gluon":
+            return _missing_gluon(Path(found.origin or "").parent)
     if backend == "cuda" and importlib.util.find_spec("fastlm._cuda") is None:
         return "the CUDA core is not built (install with FASTLM_CUDA=1 where nvcc is present)"
+    return None
+
+
+def _missing_gluon(triton: Path) -> str | None:
+    """Read from files: to import Triton takes longer than most calls on a CPU."""
+    version = None
+    if (triton / "experimental" / "gluon" / "nvidia" / "hopper.py").is_file():
+        version = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", (triton / "__init__.py").read_text(), re.MULTILINE)
+    if version is None or (int(version[1]), int(version[2])) < (3, 6):
+        return "needs the Gluon of Triton 3.6 or later (pip install 'triton>=3.6')"
     return None
 
 
 def _wrong_device(backend: str, device: torch.device) -> str | None:
     if backend == "cpu" and device.type != "cpu":
         return f"runs on CPU tensors; these are on {device}"
-    if backend in ("triton", "cuda") and device.type != "cuda":
+    if backend in ("triton", "gluon", "cuda") and device.type != "cuda":
         interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if not (interpreted and os.environ.get("FASTLM_BACKEND") == "triton"):
             return f"runs on CUDA tensors; these are on {device}"

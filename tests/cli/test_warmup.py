@@ -71,3 +71,53 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path: Path, monkeypatch
     report = json.loads(result.stdout)
     assert report["seconds"] > 0
     assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def tunable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model's path, on a machine whose GPU is played by a stand-in that measures."""
+    from fastlm.ops import tuning
+    from fastlm.ops.attention import trials
+
+    def measure(shape: trials.Shape, direction: str, backends: dict[str, str], tiles: dict[str, list[int]]) -> Any:
+        assert shape == trials.Shape(256, 2, 1, 64, "bfloat16")
+        if "gluon" in backends.values():
+            return trials.Outcome(None, "needs compute capability 9.0 (Hopper), not 8.0")
+        return trials.Outcome(2.0 if tiles else 3.0)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test 1")
+    monkeypatch.setattr(tuning, "chip", lambda _: {"device": "NVIDIA Test 1", "triton": "3.7.1", "fastlm": "0"})
+    monkeypatch.setattr(trials, "measure", measure)
+    monkeypatch.setattr(warmup, "steps", lambda *_, **__: iter(()))
+    save_model(Transformer(ModelConfig(64, 32, 1, 2, 1, 64, 48, 256)), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_tune_records_what_is_right_and_fastest(tunable: str, tmp_path: Path) -> None:
+    result = run("--model", tunable, "--dtype", "bfloat16", "--tune", "--train", "--json")
+    assert result.exit_code == 0, result.output
+    tuned = json.loads(result.stdout)["tuned"]
+    assert tuned["backends"] == {"attention forward 64 causal": "triton", "attention backward 64 causal": "triton"}
+    assert set(tuned["tiles"]) == {"forward 64 16-bit"}  # the stand-in finds any other tiles as fast
+    assert tuned["outcomes"]["forward, gluon"]["problem"].startswith("needs compute capability 9.0")
+    record = json.loads((tmp_path / "cache" / "fastlm" / "tuned" / "nvidia-test-1-3.7.1.json").read_text())
+    assert str(tmp_path / "cache") in tuned["record"]
+    assert record["tiles"] == tuned["tiles"]
+
+
+def test_tune_prints_a_line_for_each_candidate_and_the_place_of_the_record(tunable: str) -> None:
+    result = run("--model", tunable, "--dtype", "bfloat16", "--tune")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert any(line.startswith("forward, triton ") and line.endswith("3.000 ms") for line in lines)
+    assert any(line.startswith("forward, gluon ") and "needs compute capability 9.0" in line for line in lines)
+    assert not any(line.startswith("backward") for line in lines)
+    assert any(line.startswith("recorded in ") for line in lines)
+
+
+def test_fp32_has_nothing_to_tune(tunable: str) -> None:
+    result = run("--model", tunable, "--dtype", "float32", "--tune")
+    assert result.exit_code == 1
+    assert "add --dtype bfloat16" in str(result.exception)

@@ -62,6 +62,8 @@ class Compiled:
     spill_bytes: int
     shared_bytes: int
     ptx: str
+    messages: str  # all that ptxas printed
+    sass: str  # the machine code, as nvdisasm prints it
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -77,11 +79,13 @@ def compile_for_chips(
     num_stages: int = 2,
     divisible_by_16: Collection[str] = (),
     capabilities: Collection[int] = (80, 90, 100),
+    source: Any = None,
 ) -> list[Compiled]:
     """Compiles `kernel` ahead of time for chips by compute capability; no GPU is needed. Needs TRITON_INTERPRET unset.
 
     `signature` gives each run-time argument's type as Triton writes it ("*bf16", "i32", "fp32"); `constants` the
-    constexprs. Pointers, and the integers named in `divisible_by_16`, are taken as divisible by 16.
+    constexprs. Pointers, and the integers named in `divisible_by_16`, are taken as divisible by 16. `source`: Triton's
+    class of what is compiled, ASTSource by default.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -97,9 +101,8 @@ def compile_for_chips(
     }
     results = []
     for capability in capabilities:
-        source = ASTSource(fn=kernel, signature=full, constexprs=constants, attrs=attrs)
         compiled = triton.compile(
-            source,
+            (source or ASTSource)(fn=kernel, signature=full, constexprs=constants, attrs=attrs),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
@@ -129,7 +132,12 @@ def _resources(capability: int, ptx: str, shared_bytes: int) -> Compiled:
             text=True,
             check=True,
         )
+        disassembler = Path(getattr(ptxas, "path", ptxas)).with_name("nvdisasm")
+        sass = ""
+        if disassembler.is_file():
+            command = [str(disassembler), "-c", str(path.with_suffix(".cubin"))]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", run.stderr)
     spills = re.findall(r"(\d+) bytes spill", run.stderr)
     assert registers, run.stderr
-    return Compiled(chip[1], int(registers[1]), sum(map(int, spills)), shared_bytes, ptx)
+    return Compiled(chip[1], int(registers[1]), sum(map(int, spills)), shared_bytes, ptx, run.stderr, sass)

@@ -105,7 +105,7 @@ def _seed_tensor(seed: int | Tensor | None, q: Tensor) -> Tensor:
     return seed
 
 
-OP = Op("attention", attention, ("triton", "cpu", "reference"))
+OP = Op("attention", attention, ("gluon", "triton", "cpu", "reference"))
 
 
 def _run_forward(

@@ -1,6 +1,7 @@
 """How the Triton kernels cut their problem, by chip and head_dim.
 
-Chosen as the largest tiles that the compiler fits into registers; `pytest -m aot` holds them to it.
+Chosen as the largest tiles that the compiler fits into registers; `pytest -m aot` holds them to it. What
+`fastlm warmup --tune` measured on this chip comes before them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
+from fastlm.ops import tuning
 
 
 class Tiles(NamedTuple):
@@ -49,10 +52,20 @@ _NO_TENSOR_CORES = {  # exact fp32, and Turing, whose tensor cores Triton does n
 _INTERPRETER = {"forward": Tiles(32, 16, 1, 1), "keys": Tiles(16, 32, 1, 1), "queries": Tiles(32, 16, 1, 1)}
 
 
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype, chip: int, elements: bool = False) -> Tiles:
+def tiles(
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    chip: int,
+    elements: bool = False,
+    device: torch.device | None = None,
+) -> Tiles:
     """`kernel`: "forward", "keys" (grad_k and grad_v) or "queries" (grad_q). `chip`: 80 for sm_80, 0 if interpreted.
-    `elements`: with a bias or dropout.
+    `elements`: with a bias or dropout, whose tiles are not tuned. `device`: whose record of tuning counts, if any.
     """
+    tuned = None if device is None or elements else tuning.tiles(device, kernel, head_dim, dtype)
+    if tuned is not None:
+        return Tiles(*tuned)
     if chip == 0:
         return _INTERPRETER[kernel]
     if head_dim > 256:

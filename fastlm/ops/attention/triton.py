@@ -381,7 +381,7 @@ def forward(
         lse = torch.full((call.heads, call.seq_q), -torch.inf, dtype=torch.float32, device=q.device)
     else:
         lse = torch.empty((call.batch, call.heads, call.seq_q), dtype=torch.float32, device=q.device)
-    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device), bias is not None or dropout > 0)
+    cut = tiles("forward", q.shape[-1], q.dtype, capability(q.device), bias is not None or dropout > 0, q.device)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 in grid:
         return out, lse

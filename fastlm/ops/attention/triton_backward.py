@@ -309,6 +309,21 @@ def _query_kernel(
     store_tile(grad_q_ptr, heads * HEAD_DIM, rows, left, grad_q * scale, HEAD_DIM, BLOCK_D)
 
 
+def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor, packed: bool) -> Tensor:
+    """The row sums of out · grad_out, less grad_lse: like lse, which is contiguous."""
+    delta = torch.empty_like(lse)
+    seq, heads, head_dim = out.shape[-3:]
+    if delta.numel():
+        rows = delta.numel() // (heads * seq)  # batch, or 1 when packed
+        block = 32
+        _delta_kernel[(rows * heads, triton.cdiv(seq, block))](
+            out.contiguous(), grad_out, out if grad_lse is None else grad_lse.contiguous(), delta,
+            *strides(grad_out, packed), heads, seq,
+            GRAD_LSE=grad_lse is not None, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block,
+        )  # fmt: skip
+    return delta
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -336,18 +351,9 @@ def backward(
     grad_q, grad_k, grad_v = (outputs_like(t, call.packed) for t in (q, k, v))
     none = q.new_empty(0)
     chip = capability(q.device)
-    block_d = int(call.constants["BLOCK_D"])
     kv_heads = call.heads // call.group
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    if delta.numel():
-        rows = delta.numel() // (call.heads * call.seq_q)  # batch, or 1 when packed
-        block = 32
-        _delta_kernel[(rows * call.heads, triton.cdiv(call.seq_q, block))](
-            out.contiguous(), grad_out, q if grad_lse is None else grad_lse.contiguous(), delta,
-            *strides(grad_out, call.packed), call.heads, call.seq_q,
-            GRAD_LSE=grad_lse is not None, HEAD_DIM=call.constants["HEAD_DIM"], BLOCK_D=block_d, BLOCK_M=block,
-        )  # fmt: skip
+    delta = row_deltas(out, grad_out, grad_lse, lse, call.packed)
     inputs = (q, k, v, grad_out, lse, delta)
     offsets = (q if cu_seqlens_q is None else cu_seqlens_q, q if cu_seqlens_k is None else cu_seqlens_k)
     elements = (call.bias, call.seed, *call.elements)
@@ -355,7 +361,7 @@ def backward(
     scalars = (call.group, call.seq_q, call.seq_k, window or 0, call.inner, call.factor, scale)
 
     has_elements = bias is not None or dropout > 0
-    cut = tiles("keys", q.shape[-1], q.dtype, chip, has_elements)
+    cut = tiles("keys", q.shape[-1], q.dtype, chip, has_elements, q.device)
     grid = (call.batch * kv_heads, triton.cdiv(call.longest_k, cut.block_n))
     if 0 not in grid:
         _key_kernel[grid](
@@ -367,7 +373,7 @@ def backward(
         # Tiles that no row sees are not written. What the bias shares among heads or sequences is summed in fp32.
         full = call.bias.shape == bias.shape
         wide_grad_bias = torch.zeros(call.bias.shape, dtype=bias.dtype if full else torch.float32, device=q.device)
-    cut = tiles("queries", q.shape[-1], q.dtype, chip, has_elements)
+    cut = tiles("queries", q.shape[-1], q.dtype, chip, has_elements, q.device)
     grid = (call.batch * call.heads, triton.cdiv(call.longest_q, cut.block_m))
     if 0 not in grid:
         _query_kernel[grid](
