@@ -153,13 +153,11 @@ std::atomic<bool> is_forked{false};
 // Never destroyed, since its threads run until the process ends. A child of fork() has none of them and makes another.
 std::atomic<Pool*> pool{nullptr};
 
-void watch_forks() {
-    static const int watched = pthread_atfork(nullptr, nullptr, [] {
-        pool.store(nullptr, std::memory_order_relaxed);
-        is_forked.store(true, std::memory_order_relaxed);
-    });
-    static_cast<void>(watched);
-}
+// From the beginning: torch may have started the runtime's threads before any loop of ours.
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr, std::memory_order_relaxed);
+    is_forked.store(true, std::memory_order_relaxed);
+});
 
 Pool& get_pool() {
     Pool* current = pool.load(std::memory_order_acquire);
@@ -176,7 +174,6 @@ void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
                     void (*body)(void* context, int64_t from, int64_t to), void* context) {
     if (begin >= end) return;
     if (num_threads <= 1 || end - begin <= grain) return body(context, begin, end);
-    watch_forks();
     static const auto open_mp = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     Loop loop(begin, end, grain, body, context);
     if (open_mp && !is_forked.load(std::memory_order_relaxed)) {

@@ -118,6 +118,25 @@ def test_a_child_of_fork_computes_the_same_and_so_does_its_child() -> None:
     assert compute() == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_computes_though_its_parent_ran_torch_alone() -> None:
+    """OpenMP's runtime, whose threads torch has started, would wait for ever in a child."""
+    script = """
+import os, torch
+from fastlm.ops import swiglu
+torch.set_num_threads(3)
+x = torch.randn(600, 1030)
+(x @ x.T).sum()
+child = os.fork()
+if child == 0:
+    import signal
+    signal.alarm(20)
+    os._exit(0 if swiglu(x, x).numpy().any() else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert in_a_new_interpreter(script) == "0\n"
+
+
 def status_of_child(run: Callable[[], int]) -> int:
     """The exit status of a forked child that runs `run`, or -1 when it hangs."""
     child = os.fork()
