@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from types import ModuleType
 
 from fastlm.errors import NativeCoreError
+
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @cache
@@ -21,6 +34,8 @@ def native() -> ModuleType:
             f"fastlm's native core is not available ({error}); reinstall where a C++20 compiler is present: "
             "pip install --force-reinstall --no-deps fastlm"
         ) from None
+    if _is_forked:  # before it was loaded: it sees only later forks
+        module.use_own_threads()
     return module
 
 

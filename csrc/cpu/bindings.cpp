@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/features.hpp"
+#include "cpu/parallel.hpp"
 
 namespace py = pybind11;
 
@@ -27,6 +28,8 @@ void bind_cpu(py::module_& m) {
             return d;
         },
         "Instruction sets that the kernels may use on this processor.");
+    m.def("use_own_threads", &cpu::use_own_threads,
+          "No more loops on the OpenMP runtime's threads: for a process that was forked before this was loaded.");
     bind_cpu_attention(m);
     bind_cpu_decode_attention(m);
     bind_cpu_decoder(m);

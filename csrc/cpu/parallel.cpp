@@ -156,7 +156,7 @@ std::atomic<Pool*> pool{nullptr};
 // From the beginning: torch may have started the runtime's threads before any loop of ours.
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
     pool.store(nullptr, std::memory_order_relaxed);
-    is_forked.store(true, std::memory_order_relaxed);
+    use_own_threads();
 });
 
 Pool& get_pool() {
@@ -169,6 +169,8 @@ Pool& get_pool() {
 }
 
 }  // namespace
+
+void use_own_threads() { is_forked.store(true, std::memory_order_relaxed); }
 
 void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
                     void (*body)(void* context, int64_t from, int64_t to), void* context) {

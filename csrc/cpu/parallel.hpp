@@ -17,6 +17,9 @@ namespace fastlm::cpu {
 void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
                     void (*body)(void* context, int64_t from, int64_t to), void* context);
 
+// Loops no longer run on the threads of the OpenMP runtime. For a process that was forked before this code was loaded.
+void use_own_threads();
+
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, int num_threads, F&& f) {
     using Function = std::remove_reference_t<F>;
