@@ -44,7 +44,8 @@ template <class T>
 bool settings_valid(const Sampling<T>& call, int64_t row) {
     const float least_float = std::numeric_limits<float>::lowest();
     return in_range(call.temperature, row, 0.0f) && in_range(call.top_p, row, 0.0f) &&
-           in_range(call.min_p, row, 0.0f, 1.0f) && in_range(call.typical_p, row, 0.0f) && (!call.top_k || call.top_k[row] >= 0) &&
+           in_range(call.min_p, row, 0.0f, 1.0f) && in_range(call.typical_p, row, 0.0f) &&
+           (!call.top_k || call.top_k[row] >= 0) &&
            in_range(call.repetition_penalty, row, std::numeric_limits<float>::denorm_min()) &&
            in_range(call.presence_penalty, row, least_float) && in_range(call.frequency_penalty, row, least_float);
 }
