@@ -1,11 +1,10 @@
 // Locally typical sampling (Meister et al. 2023): which logits of a row are nearest, as surprise, to the entropy.
 //
 // With s = (x - max) / temperature, Z the sum of exp(s) over the logits that earlier filters left, and c the mean of s
-// under exp(s) / Z, a token's surprise is log Z - s and the entropy log Z - c. What is no further than some distance from
-// the entropy is a band of logits. One pass of exponentials gives Z and c; a second one a histogram of weights over the
-// distance, which says in which of its 1024 bins the last distance lies; that bin's logits are searched by halves, their
-// distances taken in fp64 as the definition takes them. Where few logits are left, all are candidates, without a second
-// pass.
+// under exp(s) / Z, a token's surprise is log Z - s and the entropy log Z - c: what is within some distance of it is a
+// band of logits. One pass of exponentials gives Z and c. Another makes a histogram of weights over |s - c|, which says
+// in which of its 1024 bins the last distance lies; the logits of that bin alone are searched by halves, their distances
+// taken in fp64 as the definition takes them. Where few logits are left, all are looked at so, in fp64 throughout.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +19,8 @@ constexpr int64_t kFewCandidates = 1024;  // a search by halves among these take
 // Finds bands, keeping its memory from row to row.
 class TypicalSearch {
    public:
-    // The band of the nearest logits, of those not below `lowest`, that hold `typical_p` < 1 of their weight; logits that
-    // are as far as the last of them belong to it too.
+    // The band of the nearest of the logits not below `lowest`, which hold `typical_p` < 1 of the weight of these, with
+    // all that are as far as the last of them.
     Band band(const Row& row, const Scale& scale, float lowest, double typical_p);
 
    private:

@@ -1,13 +1,12 @@
-"""Locally typical sampling (Meister et al. 2023) in Triton: a threshold on how near a token's surprise is to the entropy.
+"""Locally typical sampling (Meister et al. 2023) in Triton: a threshold on how near surprise is to the entropy.
 
 With s = (x - max) / temperature, Z the sum of exp(s) over the tokens that earlier filters left, and c the mean of s
-under exp(s) / Z, a token's surprise is log Z - s and the entropy log Z - c: they are |s - c| apart, and no logarithm is
-needed. One pass gives Z and c. The rest is top_p's search (`triton_search.search`) among keys of -|s - c| instead of the
-logits', for the nearest tokens that hold typical_p of Z; it takes about nine passes where many thousands are as near as
-each other. The draw then keeps what is not below that key.
+under exp(s) / Z, a token's surprise is log Z - s and the entropy log Z - c. They are |s - c| apart, and no logarithm is
+needed. One pass gives Z and c. The rest is top_p's search (`triton_search.search`) among keys of -|s - c| instead of
+the logits', for the nearest tokens that hold typical_p of Z: some nine passes where very many are alike.
+The draw then keeps what is not below that key.
 
-The distance is fp32. s has the bits of the definition's, and c the digits of fp64 in two floats, so that tokens that
-are as far in the definition are as far here, save where s and c themselves differ by rounding.
+The distance is fp32: s has the bits of the definition's, and c the digits of fp64 in two floats.
 """
 
 from __future__ import annotations
