@@ -57,8 +57,8 @@ Drawn = tuple[Tensor, Callable[..., Sample]]  # the ids, and the call that gave 
 
 
 def ours(logits: Tensor, top_k: int | None, top_p: float | None, typical_p: float | None = None) -> Drawn:
-    filters = {"top_k": top_k, "top_p": top_p, "typical_p": typical_p}
-    call = partial(sample, logits, temperature=TEMPERATURE, **filters, seed=7, position=0)
+    settings = partial(sample, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, typical_p=typical_p)
+    call = partial(settings, logits, seed=7, position=0)
     return call().ids, call
 
 
