@@ -123,9 +123,9 @@ def assert_kept_sets(logits: Tensor, settings: Settings, order: str, backend: st
 @pytest.mark.parametrize("vocab_size", [1, 7, 511, 4097])
 def test_kept_sets_and_draws_are_those_of_the_definition(backend, device, vocab_size, order):
     """About one row in a hundred hangs on rounding; of 8,000 such rows on the CPU, one gave another set."""
-    kinds = KINDS if backend == "triton" and device == "cpu" else KINDS * 8
-    if backend == "triton" and vocab_size > 4000:
-        kinds = kinds[: len(kinds) // 2] if order == "hf" else kinds[len(kinds) // 2 :]
+    kinds = KINDS * 8
+    if backend == "triton" and device == "cpu":  # interpreted
+        kinds = [KINDS[i] for i in torch.randperm(len(KINDS))[: 2 if vocab_size > 4000 else 8]]
     logits = torch.stack([logits_of(kind, vocab_size) for kind in kinds]).to(device)
     others = {"top_k": [0, 1, 3, 50, 2000], "top_p": [0.1, 0.5, 0.9, 1.0], "min_p": [0.0, 0.0, 0.01, 0.3]}
     for given in ({}, others):
@@ -144,13 +144,15 @@ def test_large_vocabularies_and_short_dtypes(backend, device, dtype):
 
 
 def test_frequencies_of_draws_are_the_probabilities(backend, device):
-    """The most probable token of three is left out: its surprise is further from the entropy than the others'."""
-    draws = 30 if backend == "triton" and device == "cpu" else 20_000
+    """Entropy 1.64, surprises 0.92, 2.66 and 1.39: the token of 0.25 comes first, that of 0.4 next, the others last."""
+    interpreted = backend == "triton" and device == "cpu"
+    draws = 50 if interpreted else 20_000
     shares = torch.tensor([0.4, *[0.07] * 5, 0.25], dtype=torch.float64)
     row = shares.log().float().to(device)
     first = int(torch.randint(0, 2**40, ()))
     seed = first + torch.arange(draws, device=device)
-    for typical_p, kept in ((0.2, [6]), (0.6, [0, 6]), (0.64, [0, 6]), (0.66, range(7))):
+    cases = [(0.2, [6]), (0.6, [0, 6]), (0.64, [0, 6]), (0.66, range(7))]
+    for typical_p, kept in cases[2:3] if interpreted else cases:
         ids = sample(row.expand(draws, 7), typical_p=typical_p, seed=seed, position=1).ids
         counts = torch.bincount(ids.cpu(), minlength=7)
         inside = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(list(kept)), True)
