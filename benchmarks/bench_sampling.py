@@ -22,8 +22,10 @@ def draw(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     return torch.multinomial(probabilities, 1)[:, 0], probabilities
 
 
-def with_transformers(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def with_transformers(
+    logits: Tensor, top_k: int | None, top_p: float | None, typical_p: float | None = None
+) -> tuple[Tensor, Tensor]:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
     ids = torch.empty((logits.shape[0], 0), dtype=torch.int64)
     scores = TemperatureLogitsWarper(TEMPERATURE)(ids, logits.float())
@@ -31,6 +33,8 @@ def with_transformers(logits: Tensor, top_k: int | None, top_p: float | None) ->
         scores = TopKLogitsWarper(top_k)(ids, scores)
     if top_p is not None:
         scores = TopPLogitsWarper(top_p)(ids, scores)
+    if typical_p is not None:
+        scores = TypicalLogitsWarper(typical_p)(ids, scores)
     return draw(scores.softmax(-1))
 
 
@@ -52,8 +56,9 @@ def with_torch(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[
 Drawn = tuple[Tensor, Callable[..., Sample]]  # the ids, and the call that gave them, to ask for log-probabilities too
 
 
-def ours(logits: Tensor, top_k: int | None, top_p: float | None) -> Drawn:
-    call = partial(sample, logits, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, seed=7, position=0)
+def ours(logits: Tensor, top_k: int | None, top_p: float | None, typical_p: float | None = None) -> Drawn:
+    settings = partial(sample, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, typical_p=typical_p)
+    call = partial(settings, logits, seed=7, position=0)
     return call().ids, call
 
 
@@ -91,3 +96,19 @@ def cases(device: str) -> Iterable[Case]:
             work=batch,
             unit="tokens",
         )
+    if "transformers" in peers:
+        yield typical_case(torch.randn(128 if gpu else 8, 128256 if gpu else 152064, device=device).to(dtype))
+
+
+def typical_case(logits: Tensor) -> Case:
+    batch, vocab_size = logits.shape
+    dtype = str(logits.dtype).removeprefix("torch.")
+    return Case(
+        name=f"temperature + typical-p 0.9, batch {batch}, vocabulary {vocab_size}, {dtype}",
+        ours=partial(ours, logits, None, None, 0.9),
+        peers={"transformers": partial(with_transformers, logits, None, None, 0.9)},
+        check=check,
+        bound=Bound(bytes=logits.numel() * logits.element_size()),  # the logits, read once
+        work=batch,
+        unit="tokens",
+    )

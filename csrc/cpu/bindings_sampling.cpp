@@ -15,7 +15,7 @@ namespace {
 // A null address is a setting, or an output, that was not given. Settings hold one number a row.
 template <class T>
 void sample(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, Address temperature, Address top_k,
-            Address top_p, Address min_p, Address repetition_penalty, Address presence_penalty,
+            Address top_p, Address min_p, Address typical_p, Address repetition_penalty, Address presence_penalty,
             Address frequency_penalty, Address prompt_ids, Address output_ids, int64_t prompt_length,
             int64_t output_length, Address seed, Address position, bool min_p_first, Address ids, Address valid,
             Address logprobs, Address processed_logprobs, Address top_ids, Address top_logprobs, int64_t num_logprobs,
@@ -32,6 +32,7 @@ void sample(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, Ad
     call.top_k = optional_pointer<const int64_t>(top_k, "top_k");
     call.top_p = optional_pointer<const float>(top_p, "top_p");
     call.min_p = optional_pointer<const float>(min_p, "min_p");
+    call.typical_p = optional_pointer<const float>(typical_p, "typical_p");
     call.repetition_penalty = optional_pointer<const float>(repetition_penalty, "repetition_penalty");
     call.presence_penalty = optional_pointer<const float>(presence_penalty, "presence_penalty");
     call.frequency_penalty = optional_pointer<const float>(frequency_penalty, "frequency_penalty");

@@ -8,6 +8,7 @@
 //           distribution is peaked. When many are, a histogram of weights says in which of its 1024 bins the threshold
 //           lies. What is left is searched by halves, each by nth_element.
 //   min_p   The least logit whose weight is not below min_p, by bisection over the floats.
+//   typical As sampling_typical.hpp tells: alone among the filters, it sets a bound above too.
 //   draw    Sums of weights by block lead to a block, and a walk through its weights to the token.
 //
 // Memory traffic: the row once for the maxima, and once for Z or the draw where no top_k bounds it (a row of 152,064
@@ -17,14 +18,15 @@
 #include "cpu/sampling.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <vector>
 
+#include "cpu/ordered_floats.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/sampling_passes.hpp"
+#include "cpu/sampling_typical.hpp"
 #include "philox.hpp"
 
 namespace fastlm::cpu {
@@ -33,33 +35,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kPart = 131072;  // logits that a thread takes at a time: some 25 µs, thrice what waking it costs
-constexpr int64_t kFewCandidates = 1024;  // a search by halves among these takes less time than a histogram
-
-// Floats as integers of the same order.
-int64_t ordered(float x) {
-    const int32_t bits = std::bit_cast<int32_t>(x);
-    return bits >= 0 ? bits : int64_t{std::numeric_limits<int32_t>::min()} - bits;
-}
-
-float from_ordered(int64_t key) {
-    return std::bit_cast<float>(
-        static_cast<int32_t>(key >= 0 ? key : int64_t{std::numeric_limits<int32_t>::min()} - key));
-}
-
-// The least float that `holds`, given that all floats from there to `top` do.
-template <class Holds>
-float least(float top, Holds&& holds) {
-    int64_t low = ordered(-kInfinity), high = ordered(top);
-    while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (holds(from_ordered(middle))) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
-    }
-    return from_ordered(high);
-}
 
 bool in_range(const float* setting, int64_t row, float low, float high = std::numeric_limits<float>::max()) {
     return !setting || (setting[row] >= low && setting[row] <= high);
@@ -69,7 +44,8 @@ template <class T>
 bool settings_valid(const Sampling<T>& call, int64_t row) {
     const float least_float = std::numeric_limits<float>::lowest();
     return in_range(call.temperature, row, 0.0f) && in_range(call.top_p, row, 0.0f) &&
-           in_range(call.min_p, row, 0.0f, 1.0f) && (!call.top_k || call.top_k[row] >= 0) &&
+           in_range(call.min_p, row, 0.0f, 1.0f) && in_range(call.typical_p, row, 0.0f) &&
+           (!call.top_k || call.top_k[row] >= 0) &&
            in_range(call.repetition_penalty, row, std::numeric_limits<float>::denorm_min()) &&
            in_range(call.presence_penalty, row, least_float) && in_range(call.frequency_penalty, row, least_float);
 }
@@ -108,6 +84,7 @@ class Sampler {
     std::vector<uint32_t> counts_;  // beside patches_, 0 between rows
     std::vector<int32_t> patch_of_block_, ids_;
     Histogram histogram_;
+    TypicalSearch typical_;
     std::vector<double> sums_;
     bool summed_ = false;  // whether sums_ are those of the next two
     Scale summed_scale_{};
@@ -132,6 +109,16 @@ class Sampler {
         for (double s : sums_) total_ += s;
         summed_ = true, summed_scale_ = scale, summed_lowest_ = lowest;
         return total_;
+    }
+
+    // The same of a band.
+    double sum_of_band(const Band& band) {
+        sums_.resize(row_.block_count());
+        sum_band_weights(row_, scale_, band, sums_.data());
+        summed_ = false;
+        double total = 0.0;
+        for (double s : sums_) total += s;
+        return total;
     }
 
     // A lower bound of the k-th largest logit, or -inf.
@@ -235,9 +222,11 @@ class Sampler {
         if (call_.temperature[row] == 0) {
             id = first_maximum();
         } else {
-            const float lowest = filter(row);
-            const double total = sum(scale_, lowest);
-            id = inverse_cdf(lowest, uniform(call_.seed[row], call_.position[row]) * total);
+            Band kept{filter(row), kInfinity};
+            const bool typical = call_.typical_p && call_.typical_p[row] < 1;
+            if (typical) kept = typical_.band(row_, scale_, kept.lowest, call_.typical_p[row]);
+            const double total = typical ? sum_of_band(kept) : sum(scale_, kept.lowest);
+            id = inverse_cdf(kept, uniform(call_.seed[row], call_.position[row]) * total);
             processed = scale_.scaled(row_.at(id)) - std::log(total);
         }
         call_.ids[row] = id;
@@ -255,7 +244,7 @@ class Sampler {
         return block * kBlock + (std::find(logits, logits + kBlock, scale_.max) - logits);
     }
 
-    // The lowest logit that may be drawn.
+    // The lowest logit that all filters but typical_p leave.
     float filter(int64_t row) {
         float lowest = -kInfinity;
         if (call_.top_k && call_.top_k[row] > 0 && call_.top_k[row] < row_.vocab_size) {
@@ -331,7 +320,7 @@ class Sampler {
     }
 
     // The first token in the order of ids at which the running sum of weights exceeds `target`.
-    int64_t inverse_cdf(float lowest, double target) const {
+    int64_t inverse_cdf(const Band& kept, double target) const {
         double before = 0.0;
         int64_t block = 0, last = 0;
         for (; block < row_.block_count(); ++block) {
@@ -342,7 +331,10 @@ class Sampler {
         }
         if (block == row_.block_count()) before -= sums_[last];
         float weights[kBlock];
-        block_weights(row_.blocks[last], scale_, lowest, weights);
+        block_weights(row_.blocks[last], scale_, kept.lowest, weights);
+        if (kept.below < kInfinity) {
+            for (int64_t i = 0; i < kBlock; ++i) weights[i] = row_.blocks[last][i] < kept.below ? weights[i] : 0.0f;
+        }
         int64_t drawn = 0;
         for (int64_t i = 0; i < kBlock; ++i) {
             if (weights[i] == 0) continue;

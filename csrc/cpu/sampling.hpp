@@ -12,7 +12,7 @@ template <class T>
 struct Sampling {
     const T* logits;  // (rows, vocab_size), rows `stride` elements apart
     int64_t rows, vocab_size, stride;
-    const float *temperature, *top_p, *min_p;  // temperature is always given
+    const float *temperature, *top_p, *min_p, *typical_p;  // temperature is always given
     const int64_t* top_k;
     const float *repetition_penalty, *presence_penalty, *frequency_penalty;
     const int64_t *prompt_ids, *output_ids;  // (rows, prompt_length), (rows, output_length)

@@ -91,6 +91,62 @@ struct Weigh {
     }
 };
 
+struct BandWeighing {
+    const Row& row;
+    Scale scale;
+    Band band;
+    double* sums;
+};
+
+struct WeighBand {
+    static FASTLM_INLINE void run(const BandWeighing& call, int64_t begin, int64_t end) {
+        const float max = call.scale.max, temperature = call.scale.temperature;
+        const float lowest = call.band.lowest, below = call.band.below;
+        for (int64_t b = begin; b < end; ++b) {
+            call.sums[b] = 0.0;
+            if (call.row.block_maxima[b] < lowest) continue;
+            const float* block = call.row.blocks[b];
+            Floats sum0{}, sum1{};
+            for (int64_t i = 0; i < kBlock; i += 2 * kLanes) {
+                const Floats x0 = load(block + i), x1 = load(block + i + kLanes);
+                const Floats in0 = x0 < below ? x0 : broadcast(-kInfinity);
+                const Floats in1 = x1 < below ? x1 : broadcast(-kInfinity);
+                sum0 += weight(in0, (x0 - max) / temperature, lowest);
+                sum1 += weight(in1, (x1 - max) / temperature, lowest);
+            }
+            call.sums[b] = sum_exactly(sum0 + sum1);
+        }
+    }
+};
+
+struct Measuring {
+    const Row& row;
+    Scale scale;
+    float lowest;
+    double *sums, *moments;
+};
+
+struct Measure {
+    static FASTLM_INLINE void run(const Measuring& call, int64_t begin, int64_t end) {
+        const float max = call.scale.max, temperature = call.scale.temperature, lowest = call.lowest;
+        for (int64_t b = begin; b < end; ++b) {
+            const float block_maximum = call.row.block_maxima[b];
+            call.sums[b] = call.moments[b] = 0.0;
+            if (block_maximum < lowest || (block_maximum - max) / temperature < kNothing) continue;
+            const float* block = call.row.blocks[b];
+            Floats sum{}, moment{};
+            for (int64_t i = 0; i < kBlock; i += kLanes) {
+                const Floats x = load(block + i), scaled = (x - max) / temperature;
+                const Floats weights = weight(x, scaled, lowest);
+                sum += weights;
+                moment += weights * maximum(scaled, broadcast(2 * kNothing));  // 0 · -inf would be NaN
+            }
+            call.sums[b] = sum_exactly(sum);
+            call.moments[b] = sum_exactly(moment);
+        }
+    }
+};
+
 struct BlockWeights {
     const float* block;
     Scale scale;
@@ -110,10 +166,12 @@ struct WeighBlock {
 struct Binning {
     const Row& row;
     Scale scale;
+    Center center;  // of bins by nearness
     float lowest;
     Histogram& histogram;
 };
 
+template <bool kByNearness>
 struct Bin {
     static FASTLM_INLINE void run(const Binning& call, int64_t begin, int64_t end) {
         const float max = call.scale.max, temperature = call.scale.temperature, lowest = call.lowest;
@@ -126,7 +184,12 @@ struct Bin {
             int32_t bins[kBlock];
             for (int64_t i = 0; i < kBlock; i += kLanes) {
                 const Floats x = load(block + i), scaled = (x - max) / temperature;
-                const Floats at = scaled * -bins_per_unit, last = broadcast(kBins - 1);
+                Floats place = scaled;
+                if constexpr (kByNearness) {
+                    const Floats offset = (scaled - call.center.value) - call.center.rest;
+                    place = offset < 0.0f ? offset : -offset;
+                }
+                const Floats at = place * -bins_per_unit, last = broadcast(kBins - 1);
                 store(weights + i, weight(x, scaled, lowest));
                 const Ints bin = __builtin_convertvector(at < last ? at : last, Ints);
                 std::memcpy(bins + i, &bin, sizeof bin);
@@ -205,6 +268,14 @@ void sum_weights(const Row& row, const Scale& scale, float lowest, double* sums)
     run_best<Weigh>(Weighing{row, scale, lowest, sums}, 0, row.block_count());
 }
 
+void sum_band_weights(const Row& row, const Scale& scale, const Band& band, double* sums) {
+    run_best<WeighBand>(BandWeighing{row, scale, band, sums}, 0, row.block_count());
+}
+
+void sum_moments(const Row& row, const Scale& scale, float lowest, double* sums, double* moments) {
+    run_best<Measure>(Measuring{row, scale, lowest, sums, moments}, 0, row.block_count());
+}
+
 void block_weights(const float* block, const Scale& scale, float lowest, float* weights) {
     run_best<WeighBlock>(BlockWeights{block, scale, lowest, weights}, 0, 1);
 }
@@ -223,7 +294,12 @@ double Histogram::sum(int64_t bin) const {
 }
 
 void add_weights(const Row& row, const Scale& scale, float lowest, Histogram& histogram) {
-    run_best<Bin>(Binning{row, scale, lowest, histogram}, 0, row.block_count());
+    run_best<Bin<false>>(Binning{row, scale, {}, lowest, histogram}, 0, row.block_count());
+}
+
+void add_weights_by_nearness(const Row& row, const Scale& scale, const Center& center, float lowest,
+                             Histogram& histogram) {
+    run_best<Bin<true>>(Binning{row, scale, center, lowest, histogram}, 0, row.block_count());
 }
 
 bool collect(const Row& row, float lowest, float below, int64_t limit, std::vector<int32_t>& ids) {

@@ -3,6 +3,7 @@
 // blocks and the bits stay the same. A pass that looks for logits not below `lowest` skips the blocks without one.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,18 @@ struct Scale {
     bool operator==(const Scale&) const = default;
 };
 
+// Logits x with lowest <= x < below.
+struct Band {
+    float lowest, below;
+};
+
+// The mean of scaled logits, in two floats, and how near to it one of them is: 0 at most, the nearer the larger.
+struct Center {
+    float value, rest;
+
+    float nearness(float scaled) const { return -std::fabs((scaled - value) - rest); }
+};
+
 // Makes `row` of `vocab_size` logits. fp32 logits are not copied, save the last block; `storage` holds what is.
 template <class T>
 void read_row(const T* logits, int64_t vocab_size, Row& row, std::vector<float>& storage);
@@ -40,6 +53,12 @@ void measure_block(Row& row, int64_t block);
 
 // The sum of the weights of each block's logits not below `lowest`.
 void sum_weights(const Row& row, const Scale& scale, float lowest, double* sums);
+
+// The same of a band's logits.
+void sum_band_weights(const Row& row, const Scale& scale, const Band& band, double* sums);
+
+// Beside sum_weights' sums, those of weight · (x - max) / temperature.
+void sum_moments(const Row& row, const Scale& scale, float lowest, double* sums, double* moments);
 
 // The weights of one block, 0 for logits below `lowest`.
 void block_weights(const float* block, const Scale& scale, float lowest, float* weights);
@@ -56,6 +75,10 @@ struct Histogram {
     double sum(int64_t bin) const;
 };
 void add_weights(const Row& row, const Scale& scale, float lowest, Histogram& histogram);
+
+// The same over nearness to `center`.
+void add_weights_by_nearness(const Row& row, const Scale& scale, const Center& center, float lowest,
+                             Histogram& histogram);
 
 // Sets `ids` to those of logits in [lowest, below), in no order; false when it stopped at more than `limit`.
 bool collect(const Row& row, float lowest, float below, int64_t limit, std::vector<int32_t>& ids);

@@ -38,11 +38,10 @@ def draw(logits: Tensor, rows: list[Row], eos_token_id: int | None) -> list[Draw
     """One draw a row of logits `(rows, vocab_size)`, by (seed, number of tokens generated before it)."""
     tokens: list[int | None] = [None] * len(rows)
     edited = _edit(logits, rows, eos_token_id)
-    # Rows with typical_p are drawn by another backend: apart, so that they change no bit of the others' draws.
-    groups: dict[tuple[str, bool], list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault((row.sequence.params.order, row.sequence.params.typical_p is not None), []).append(i)
-    for (order, _), chosen in groups.items():
+        groups.setdefault(row.sequence.params.order, []).append(i)
+    for order, chosen in groups.items():
         part = edited if len(chosen) == len(rows) else edited[chosen]
         for i, token in zip(chosen, _draw_tokens(part, [rows[i] for i in chosen], order), strict=True):
             tokens[i] = token

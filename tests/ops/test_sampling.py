@@ -112,11 +112,12 @@ def test_the_distribution_drawn_from_is_that_of_transformers(backend, device, dt
 
 @pytest.mark.parametrize("other", [{}, {"top_k": 40}, {"top_p": 0.95}])
 @pytest.mark.parametrize("typical_p", [0.2, 0.9, 0.999, 1.0])
-def test_typical_keeps_what_transformers_keeps(device, typical_p, other):
+def test_typical_keeps_what_transformers_keeps(backend, device, typical_p, other):
     from transformers.generation import logits_process as hf
 
-    logits = torch.randn(32, 131, device=device).double().float() * 3
-    out = sample(logits, temperature=0.8, typical_p=typical_p, **other, return_logprobs=True, **seeds(32, device))
+    batch = rows(backend, device, 4, 32)
+    logits = torch.randn(batch, 131, device=device) * 3
+    out = sample(logits, temperature=0.8, typical_p=typical_p, **other, return_logprobs=True, **seeds(batch, device))
     scores = warped(logits, 0.8, other.get("top_k", 0), other.get("top_p", 1.0), 0.0)
     if typical_p < 1:
         scores = hf.TypicalLogitsWarper(typical_p)(None, scores)

@@ -96,7 +96,7 @@ def sample(
         logit_bias: fp32, `(vocab_size,)` or `(batch, vocab_size)`.
         mask: `(batch, ceil(vocab_size / 32))` int32, a bit a token, the lowest of a word first: 1 where it is allowed,
             as grammar engines give it.
-        typical_p: a number, or `(batch,)` fp32. No backend but the reference serves it.
+        typical_p: a number, or `(batch,)` fp32.
 
     Returns:
         `Sample`. No gradient.

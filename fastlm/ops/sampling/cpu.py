@@ -16,9 +16,7 @@ from fastlm.ops.sampling import reference
 DRAW = {torch.float32: "sample_float32", torch.bfloat16: "sample_bfloat16", torch.float16: "sample_float16"}
 
 
-def supports(logits: Tensor, *, typical_p: Tensor | None = None, **settings: Any) -> str | None:
-    if typical_p is not None:
-        return "has no typical_p"
+def supports(logits: Tensor, **settings: Any) -> str | None:
     if logits.shape[1] >= 2**31:
         return f"supports vocabularies under 2^31, not {logits.shape[1]}"
     return native_missing()
@@ -42,13 +40,14 @@ def sample(
     num_logprobs: int,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if logit_bias is not None or mask is not None:
         raw = logits.float()
         settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
         ids, valid, _, processed, _, _ = sample(
             reference.adjusted(raw, logit_bias, mask), *settings, prompt_ids, output_ids, seed, position, min_p_first,
-            return_logprobs, 0,
+            return_logprobs, 0, typical_p=typical_p,
         )  # fmt: skip
         logprobs, top_ids, top_logprobs = reference.raw_logprobs(raw, ids, valid, return_logprobs, num_logprobs)
         return ids, valid, logprobs, processed, top_ids, top_logprobs
@@ -66,6 +65,7 @@ def sample(
             top_k,
             top_p,
             min_p,
+            typical_p,
             repetition_penalty,
             presence_penalty,
             frequency_penalty,

@@ -40,6 +40,7 @@ from fastlm.ops.sampling.triton_search import (
     weigh,
 )
 from fastlm.ops.sampling.triton_top import top_kernel
+from fastlm.ops.sampling.triton_typical import kept_weights, typical
 
 NUM_WARPS = 16
 LANES = 32 * NUM_WARPS
@@ -47,9 +48,7 @@ ELEMENTS_PER_THREAD = 8  # in flight: 16 KB a multiprocessor in fp32; with 16, a
 CHUNK = tl.constexpr(128)  # tokens among which the draw searches last
 
 
-def supports(logits: Tensor, *, typical_p: Tensor | None = None, **kwargs: object) -> str | None:
-    if typical_p is not None:
-        return "has no typical_p"
+def supports(logits: Tensor, **kwargs: object) -> str | None:
     if logits.shape[1] > 2**30:
         return f"supports vocabularies up to 2^30, not {logits.shape[1]}"
     return None
@@ -84,6 +83,7 @@ def _locate(masses, before, target, COUNT: tl.constexpr):
 def _draw(
     row_ptr, vocab_size, threshold, max_logit, scale, min_p, uniform,
     MIN_P: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    near=None, nearest=None,
 ):  # fmt: skip
     """The drawn id and the mass of all kept tokens: the block is found first, then the chunk in it, then the token."""
     blocks = tl.zeros((BLOCKS,), tl.float64)
@@ -92,8 +92,7 @@ def _draw(
         masses = tl.zeros((LANES,), tl.float32)
         for t in tl.static_range(TILES):
             x = load_tile(row_ptr, start + t * LANES * VECTOR, vocab_size, LANES, VECTOR)
-            weights = weigh(x, max_logit, scale, min_p, MIN_P)
-            masses += tl.sum(tl.where(to_key(x) >= threshold, weights, 0.0), 1)
+            masses += tl.sum(kept_weights(x, threshold, max_logit, scale, min_p, MIN_P, near, nearest), 1)
         blocks = tl.where(tl.arange(0, BLOCKS) == start // size, tl.sum(masses.to(tl.float64)), blocks)
     total = tl.sum(blocks)
     target = uniform * total
@@ -104,15 +103,14 @@ def _draw(
     chunks: tl.constexpr = size // CHUNK
     ids = first + tl.arange(0, chunks)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     x = tl.load(row_ptr + ids, ids < vocab_size, float("-inf")).to(tl.float32)
-    weights = weigh(x, max_logit, scale, min_p, MIN_P)
-    masses = tl.sum(tl.where(to_key(x) >= threshold, weights, 0.0).to(tl.float64), 1)
+    weights = kept_weights(x, threshold, max_logit, scale, min_p, MIN_P, near, nearest)
+    masses = tl.sum(weights.to(tl.float64), 1)
     chunk, before = _locate(masses, before, target, chunks)
 
     first += chunk * CHUNK
     ids = first + tl.arange(0, CHUNK)
     x = tl.load(row_ptr + ids, ids < vocab_size, float("-inf")).to(tl.float32)
-    weights = weigh(x, max_logit, scale, min_p, MIN_P)
-    masses = tl.where(to_key(x) >= threshold, weights, 0.0).to(tl.float64)
+    masses = kept_weights(x, threshold, max_logit, scale, min_p, MIN_P, near, nearest).to(tl.float64)
     token, before = _locate(masses, before, target, CHUNK)
     return first + token, total
 
@@ -124,7 +122,7 @@ def _finite(x):
 
 @triton.jit(do_not_specialize=["row_stride", "raw_stride", "vocab_size"])
 def _sample_kernel(
-    logits_ptr, raw_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    logits_ptr, raw_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, typical_p_ptr,
     repetition_ptr, presence_ptr, frequency_ptr, seed_ptr, position_ptr,
     ids_ptr, valid_ptr, logprobs_ptr, processed_ptr, row_stride, raw_stride, vocab_size,
     MIN_P_FIRST: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -181,6 +179,9 @@ def _sample_kernel(
     if min_p_ptr is not None:
         min_p = tl.load(min_p_ptr + row)
         valid = valid & (min_p >= 0) & (min_p <= 1)
+    if typical_p_ptr is not None:
+        typical_p = tl.load(typical_p_ptr + row)
+        valid = valid & (typical_p >= 0) & _finite(typical_p)
     if repetition_ptr is not None:
         repetition = tl.load(repetition_ptr + row)
         valid = valid & (repetition > 0) & _finite(repetition)
@@ -226,11 +227,23 @@ def _sample_kernel(
                         row_ptr, vocab_size, low, high, goal, max_logit, scale, min_p,
                         True, True, FLOOR, TILES, LANES, VECTOR,
                     )  # fmt: skip
+        near = None
+        nearest = None
+        if typical_p_ptr is not None:
+            nearest = low * 0 - INFINITY_KEY  # keeps all
+            center = 0.0
+            center_rest = 0.0
+            if (typical_p < 1) & (temperature > 0):
+                center, center_rest, nearest = typical(
+                    row_ptr, vocab_size, low, typical_p, max_logit, divisor, scale, min_p,
+                    min_p_ptr is not None, TILES, LANES, VECTOR,
+                )  # fmt: skip
+            near = (divisor, center, center_rest)
         uniform = _uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
         uniform = tl.where(temperature > 0, uniform, 0.0)  # the first of the largest, which alone are kept
         token, mass = _draw(
             row_ptr, vocab_size, low, max_logit, scale, min_p, uniform,
-            min_p_ptr is not None, BLOCKS, TILES, LANES, VECTOR,
+            min_p_ptr is not None, BLOCKS, TILES, LANES, VECTOR, near, nearest,
         )  # fmt: skip
         if logprobs_ptr is not None:
             x = tl.load(row_ptr + token).to(tl.float32)
@@ -277,6 +290,7 @@ def sample(
     num_logprobs: int,
     logit_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    typical_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, vocab_size = logits.shape
     raw, tiles = _tiles(logits)
@@ -293,7 +307,7 @@ def sample(
     penalties = [
         None if s is None else s.contiguous() for s in (repetition_penalty, presence_penalty, frequency_penalty)
     ]
-    settings = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p)]
+    settings = [None if s is None else s.contiguous() for s in (temperature, top_k, top_p, min_p, typical_p)]
     x = raw
     has_penalties = any(s is not None for s in penalties) and not (prompt_ids is None and output_ids is None)
     if has_penalties or logit_bias is not None or mask is not None:

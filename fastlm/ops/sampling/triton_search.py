@@ -17,6 +17,7 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY_KEY = tl.constexpr(0x7F800000)  # key of +inf; that of -inf is its negative
 PIVOTS = tl.constexpr(6)  # thresholds measured in one pass, which then takes a little longer than the memory needs
 LINEAR_PASSES = tl.constexpr(4)  # pivots evenly spaced by value, then by key, which ends whatever the logits are
+WEIGHT_ONE = tl.constexpr(-(2.0**-54))  # from here up, exp is 1 in fp64
 
 
 @triton.jit
@@ -69,6 +70,19 @@ def weigh(x, max_logit, scale, floor, FLOOR: tl.constexpr):
 
 
 @triton.jit
+def scaled_logits(x, max_logit, temperature):
+    """(x - max_logit) / temperature, rounded as the definition does it; 0 for all whose weight is 1 there."""
+    scaled = tl.div_rn(x - max_logit, tl.broadcast_to(temperature, x.shape))
+    return tl.where(scaled >= WEIGHT_ONE, 0.0, scaled)
+
+
+@triton.jit
+def nearness_key(x, max_logit, near):
+    """The key of -|s - c|, s being the scaled logit; `near` is (temperature, c, what c lacks in fp32)."""
+    return to_key(-tl.abs((scaled_logits(x, max_logit, near[0]) - near[1]) - near[2]))
+
+
+@triton.jit
 def between(low, high, part, parts):
     """low + (high - low) · part / parts, without the overflow of keys far apart."""
     wide = low.to(tl.int64)
@@ -118,9 +132,12 @@ def pivot(low, high, step, i: tl.constexpr):
 def search(
     row_ptr, vocab_size, low, high, goal, max_logit, scale, floor,
     BY_MASS: tl.constexpr, MASSES: tl.constexpr, FLOOR: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, near=None, lowest=None,
 ):  # fmt: skip
     """The highest threshold in [low, high) above or at which the row still holds `goal`, of tokens or of mass.
+
+    With `near`, which needs MASSES, keys are those of nearness, of the tokens whose weight is not 0 and whose logit's
+    key is not below `lowest`.
 
     Holds low <= threshold < high. One pass measures PIVOTS thresholds at once. It ends when one distinct
     logit is left between the bounds or, counting, when exactly `goal` tokens lie at or above the lower.
@@ -147,6 +164,9 @@ def search(
                 keys = to_key(x)
                 if MASSES:
                     weights = weigh(x, max_logit, scale, floor, FLOOR)
+                if near is not None:
+                    is_left = (keys >= lowest) & (weights > 0)
+                    keys = tl.where(is_left, nearness_key(x, max_logit, near), -INFINITY_KEY)
                 least = tl.minimum(least, tl.min(tl.where(keys >= low, keys, INFINITY_KEY), 1))
                 new_counts = ()
                 new_masses = ()
