@@ -9,7 +9,6 @@ from types import ModuleType
 
 from fastlm.errors import NativeCoreError
 
-
 _is_forked = False
 
 
