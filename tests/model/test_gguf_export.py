@@ -147,4 +147,11 @@ def test_llama_cpp_gives_the_same_ids_and_logits(architecture, quantization, tok
     theirs.eval(ids)
     expected = torch.from_numpy(np.array(theirs.scores[: len(ids)]))
     logits = logits_of(load_gguf(tmp_path / "m.gguf", dtype=torch.float32), torch.tensor([ids]))[0]
-    assert (logits - expected).norm() < (0.005 if quantization == "f16" else 0.05) * expected.norm()
+    if quantization == "f16":
+        assert (logits - expected).norm() < 0.005 * expected.norm()
+        return
+    # Both round activations to 8 bits, each in its way; how far that carries depends on the random weights.
+    exact = logits_of(ours, torch.tensor([ids]))[0]
+    our_error, their_error = (logits - exact).norm(), (expected - exact).norm()
+    assert our_error <= 2 * their_error
+    assert their_error < 0.2 * exact.norm()
