@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastlm.ops import attention
 from fastlm.ops._registry import missing
+from fastlm.ops.features import forced
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,17 +83,11 @@ def with_backward(function: Function, tensors: list[Tensor], grad: Tensor) -> Ca
 def on_gluon(step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
     """The same step, served by the Gluon kernels."""
 
-    def forced() -> tuple[Tensor, ...]:
-        before = os.environ.get("FASTLM_BACKEND")
-        os.environ["FASTLM_BACKEND"] = "gluon"
-        try:
+    def run() -> tuple[Tensor, ...]:
+        with forced("gluon"):
             return step()
-        finally:
-            os.environ.pop("FASTLM_BACKEND")
-            if before is not None:
-                os.environ["FASTLM_BACKEND"] = before
 
-    return forced
+    return run
 
 
 def has_gluon(device: str) -> bool:

@@ -2,10 +2,10 @@
 // milliseconds after each of torch's operations, and threads of our own would share the cores with them. Elsewhere, and
 // in a child after fork(), which that runtime does not survive, there is a pool.
 //
-// A caller of the pool publishes its loop and raises `generation_`. Workers spin on that for a few microseconds after each loop, so
-// that kernels that follow each other closely need no system call, and then sleep, so that they do not take a core from
-// another library's threads. Parts are handed out by a counter. One caller at a time has the workers; a second does its
-// loop alone, which costs less than waiting when all cores are busy anyway.
+// A caller of the pool publishes its loop and raises `generation_`. Workers spin on that for a few microseconds after each
+// loop, so that kernels that follow each other closely need no system call, and then sleep, so that they do not take a
+// core from another library's threads. Parts are handed out by a counter. One caller at a time has the workers; a second
+// does its loop alone, which costs less than waiting when all cores are busy anyway.
 #include "cpu/parallel.hpp"
 
 #include <dlfcn.h>
@@ -183,7 +183,8 @@ void parallel_parts(int64_t begin, int64_t end, int64_t grain, int num_threads,
         // leaves out, and starts them anew for the next.
         open_mp([](void* data) { static_cast<Loop*>(data)->take_parts(); }, &loop, static_cast<unsigned>(num_threads), 0);
     } else {
-        get_pool().run(loop, num_threads);
+        const int64_t parts = (end - begin + grain - 1) / grain;
+        get_pool().run(loop, static_cast<int>(std::min<int64_t>(num_threads, parts)));
     }
     loop.rethrow();
 }

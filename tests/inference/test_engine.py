@@ -154,12 +154,10 @@ def random_engine(rng: random.Random, model: Transformer, tokenizer: Tokenizer) 
     )
 
 
-@pytest.mark.parametrize("_", range(12))
-def test_tokens_are_those_of_the_request_alone_however_it_is_served(_: int, paged, tokenizer, fresh_seed) -> None:
-    """Any interleaving, batch, chunking, block size, preemption, cache hit, guess and cancellation of neighbours."""
-    rng = random.Random(fresh_seed)
-    engine = random_engine(rng, paged, tokenizer)
-    requests = random_requests(rng, tokenizer.vocab_size, 10)
+def serve_at_random(
+    rng: random.Random, engine: Engine, requests: list[Asked]
+) -> tuple[dict[object, list[Piece]], set[int]]:
+    """The pieces of each request, which come while others do, and the requests that were cancelled."""
     cancelled: set[int] = set()
     got: dict[object, list[Piece]] = {i: [] for i in range(len(requests))}
     upcoming = list(enumerate(requests))
@@ -174,7 +172,18 @@ def test_tokens_are_those_of_the_request_alone_however_it_is_served(_: int, page
                 cancelled.add(victim)
         else:
             for piece in engine.step():
+                assert piece.error is None
                 got[piece.request_id].append(piece)
+    return got, cancelled
+
+
+@pytest.mark.parametrize("_", range(12))
+def test_tokens_are_those_of_the_request_alone_however_it_is_served(_: int, paged, tokenizer, fresh_seed) -> None:
+    """Any interleaving, batch, chunking, block size, preemption, cache hit, guess and cancellation of neighbours."""
+    rng = random.Random(fresh_seed)
+    engine = random_engine(rng, paged, tokenizer)
+    requests = random_requests(rng, tokenizer.vocab_size, 10)
+    got, cancelled = serve_at_random(rng, engine, requests)
     for i, asked in enumerate(requests):
         expected = expected_tokens(paged, tokenizer, asked)
         tokens = tokens_of(got[i])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlm.errors import CapacityError
-from fastlm.inference import Engine, Piece, SamplingParams
+from fastlm.inference import Engine, SamplingParams
 from fastlm.inference.block_manager import BlockManager, BlockTable, blocks_touched
 from fastlm.inference.memory import CacheLayout
 from fastlm.inference.paged_cache import PagedCache
@@ -19,7 +19,14 @@ from fastlm.inference.sequence import Sequence
 from fastlm.model import ModelConfig, Transformer
 from fastlm.tokenizer import Tokenizer
 from tests.inference.conftest import random_model
-from tests.inference.test_engine import Asked, assert_equal_or_tied, expected_tokens, run, tokens_of
+from tests.inference.test_engine import (
+    Asked,
+    assert_equal_or_tied,
+    expected_tokens,
+    run,
+    serve_at_random,
+    tokens_of,
+)
 
 CONTEXT, WINDOW = 160, 9
 KINDS = {
@@ -121,22 +128,7 @@ def test_tokens_are_those_of_the_request_alone_however_it_is_served(_: int, wind
     rng = random.Random(fresh_seed)
     engine = random_engine(rng, windowed, tokenizer)
     requests = random_requests(rng, tokenizer.vocab_size, 8)
-    cancelled: set[int] = set()
-    got: dict[object, list[Piece]] = {i: [] for i in range(len(requests))}
-    upcoming = list(enumerate(requests))
-    while upcoming or engine.has_work:
-        action = rng.random()
-        if upcoming and action < 0.3:
-            i, asked = upcoming.pop(0)
-            engine.add_request(i, asked.prompt, asked.params)
-        elif action < 0.33:
-            victim = rng.randrange(len(requests))
-            if engine.cancel(victim):
-                cancelled.add(victim)
-        else:
-            for piece in engine.step():
-                assert piece.error is None
-                got[piece.request_id].append(piece)
+    got, cancelled = serve_at_random(rng, engine, requests)
     for i, asked in enumerate(requests):
         expected = expected_tokens(windowed, tokenizer, asked)
         tokens = tokens_of(got[i])
